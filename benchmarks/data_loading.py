@@ -109,8 +109,8 @@ def _train(folder: Path) -> None:
     from mlxflow.models import model_folder
     from mlxflow.models.new_model import ModelConfig, llama_config
     from mlxflow.training.objective import plain_objective
-    from mlxflow.training.optimizers import Update
     from mlxflow.training.step import Step
+    from mlxflow.training.update import Update
 
     is_gpu = mx.default_device() == mx.gpu  # there a model whose step takes about 15 ms
     context_length, width, num_layers = (512, 512, 8) if is_gpu else (64, 128, 2)

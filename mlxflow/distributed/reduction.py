@@ -39,6 +39,20 @@ def sum_pieces(team: Team, array: mx.array, *, piece: int = PIECE) -> list[mx.ar
     return [_sent(team.sum(part)) for part in split(array, team, piece=piece)]
 
 
+def sum_part_in_pieces(team: Team, rows: mx.array, *, piece: int = PIECE) -> list[mx.array]:
+    """Let the backend add the rows of all ranks; return the pieces of this rank's row of the sum, (1, N) each.
+
+    Args:
+        team: of this process.
+        rows: one for each rank, (number of ranks, N), in fp32, scheduled for evaluation before.
+        piece: the most numbers that a rank sends at a time.
+    """
+    numbers = max(1, piece // team.size)
+    with team.communicating():
+        parts = [rows[:, begin : begin + numbers] for begin in range(0, rows.shape[1], numbers)]
+    return [_sent(team.sum_part(part)) for part in parts]
+
+
 def added_in_rank_order(
     pieces: Sequence[mx.array], so_far: Sequence[mx.array] | None = None, *, count: int
 ) -> list[mx.array]:

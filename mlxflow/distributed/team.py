@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+#: Backends with a reduce-scatter.
+_SCATTERING = ("nccl", "jaccl")
+
+
 class JoinError(RuntimeError):
     """The ranks could not connect to each other."""
 
@@ -146,6 +150,19 @@ class Team:
         if self._group is None:
             return array
         return mx.distributed.all_sum(array, group=self._group, stream=self._stream)
+
+    @property
+    def scatters(self) -> bool:
+        """Whether the backend can give each rank its part of a sum alone."""
+        return self.rank.backend in _SCATTERING
+
+    def sum_part(self, rows: mx.array) -> mx.array:
+        """Return this rank's row of the sum of the arrays of all ranks, (1, N), in the order of the backend; lazy.
+
+        Args:
+            rows: one for each rank, (number of ranks, N).
+        """
+        return mx.distributed.sum_scatter(rows, group=self._group, stream=self._stream)
 
     def take_turns(self, mine: "Sequence[NDArray[np.float32]]") -> "list[NDArray[np.float32]]":
         """Return the arrays of all ranks in turns: the first of each rank, then the second of each, and so on.

@@ -21,6 +21,7 @@ from mlxflow.training.objective import Objective
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.step import Step
 from mlxflow.training.trainer import Session, Trainer
+from mlxflow.training.update import Update
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,9 +138,9 @@ def make_optimizer(settings: TrainingSettings, *, names: SettingNames = _NAMES) 
     )
 
 
-def make_update(subject: Subject, kernels: model_kernels.ModelKernels, team: Team = SOLO) -> optimizers.Update:
+def make_update(subject: Subject, kernels: model_kernels.ModelKernels, team: Team = SOLO) -> Update:
     """Return the optimizer's update of a model; `team` are the ranks of a distributed run."""
-    return optimizers.Update(
+    return Update(
         subject.model,
         make_optimizer(subject.settings, names=subject.names),
         max_grad_norm=subject.settings.max_grad_norm,

@@ -58,6 +58,11 @@ class GradientPacking:
         self._long = {name: group for name, group in reversed(places.items()) if _size(group) >= _FEW}
         self._short = {name: group for name, group in places.items() if _size(group) < _FEW}
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the arrays to send: of the long ones as in the layout; empty for the last one."""
+        return [*self._long, ""]
+
     def pack(self, gradients: Gradients) -> list[mx.array]:
         """Return the arrays to send."""
         leaves = dict(tree_flatten(gradients.tree))
@@ -69,7 +74,7 @@ class GradientPacking:
         """Return sums of such arrays as the update takes them.
 
         Args:
-            arrays: the pieces of each.
+            arrays: the pieces of each; of a long one they may be of one rank's part.
         """
         *long, small = [pieces[0] if len(pieces) == 1 else mx.concatenate(pieces) for pieces in arrays]
         found = dict(zip(self._long, long, strict=True))

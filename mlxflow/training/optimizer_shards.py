@@ -4,6 +4,7 @@ Each rank updates its part of the weights and keeps the optimizer's state of tha
 updated weights. A checkpoint holds whole arrays, so that any number of ranks continues from it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,8 +31,37 @@ class OptimizerShards:
         }
 
     def own(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return this rank's parts of long arrays, the last one filled up with zeros."""
-        return {name: self._own(array) if name in self._shapes else array for name, array in arrays.items()}
+        """Return this rank's parts of long arrays, the last one filled up with zeros; parts are left as they are."""
+        return {name: self._own(array) if self._is_whole(name, array) else array for name, array in arrays.items()}
+
+    def splits(self, name: str) -> bool:
+        """Return whether the ranks keep parts of a long array."""
+        return name in self._shapes
+
+    def rows(self, array: mx.array) -> mx.array:
+        """Return a whole array as the parts of all ranks, (number of ranks, N), the last one filled up with zeros."""
+        count = self._team.size
+        return mx.pad(array.reshape(-1), (0, self._size(array.size) * count - array.size)).reshape(count, -1)
+
+    def sum_over(self, arrays: Mapping[str, mx.array], figure: Callable[[mx.array], mx.array]) -> list[mx.array]:
+        """Return a figure of each array, to add: of parts, one sum over all of them and all ranks; a collective.
+
+        Args:
+            arrays: whole or parts, the same on all ranks.
+            figure: of an array, a scalar in fp32 such as the sum of its squares.
+        """
+        whole = [
+            figure(array) for name, array in arrays.items() if self._is_whole(name, array) or not self.splits(name)
+        ]
+        parts = [
+            figure(array) for name, array in arrays.items() if self.splits(name) and not self._is_whole(name, array)
+        ]
+        if not parts:
+            return whole
+        return [*whole, self._team.gather_within(mx.stack(parts).sum().reshape(1)).sum()]
+
+    def _is_whole(self, name: str, array: mx.array) -> bool:
+        return name in self._shapes and array.size == math.prod(self._shapes[name])
 
     def whole(self, parts: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Return long arrays from the parts of all ranks; a collective, in the order of the names."""

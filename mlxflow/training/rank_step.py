@@ -89,16 +89,20 @@ class RankStep:
     def sum_fast(self, mine: Packed) -> Sums:
         """Return the sums of all ranks in fp32, added in an order that the backend chooses.
 
-        Each array is sent when it is computed, while the device computes the next.
+        Each array is sent when it is computed, while the device computes the next. Of arrays that the optimizer splits
+        between the ranks, a rank gets its own part alone, where the backend has a reduce-scatter.
 
         Args:
             mine: of this rank.
         """
         sums: Sums = []
-        for array in mine:
+        shards = self._step.shards if self._team.scatters else None
+        for name, array in zip(self._packing.names, mine, strict=True):
+            scatters = shards is not None and shards.splits(name)
             exact = array.astype(mx.float32)
+            exact = shards.rows(exact) if shards is not None and scatters else exact
             mx.async_eval(exact)
-            pieces = reduction.sum_pieces(self._team, exact)
+            pieces = (reduction.sum_part_in_pieces if scatters else reduction.sum_pieces)(self._team, exact)
             with self._team.adding():
                 sums.append([part.reshape(-1) for part in pieces])
         return sums

@@ -15,7 +15,8 @@ from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training.batch_size import split
 from mlxflow.training.gradient_packing import GradientPacking, Gradients, Joined
 from mlxflow.training.objective import Objective
-from mlxflow.training.optimizers import Update
+from mlxflow.training.optimizer_shards import OptimizerShards
+from mlxflow.training.update import Update
 
 _OWN = OperationOverrides()
 
@@ -113,6 +114,11 @@ class Step:
         """Return the sums of no rows, in fp32."""
         zeros = tree_map(lambda weight: mx.zeros(weight.shape, mx.float32), self._model.trainable_parameters())
         return Gradients(mx.array(0.0), mx.array(0.0), zeros)
+
+    @property
+    def shards(self) -> OptimizerShards | None:
+        """The parts of the state that this rank keeps; None if it keeps all of it."""
+        return self._of_update.shards
 
     def packing(self) -> GradientPacking:
         """Return how the gradients are sent to other ranks."""

@@ -14,10 +14,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import safetensors.numpy
 from safetensors.numpy import load_file
 
 from mlxflow.distributed import launcher, rank_start, supervisor
 from mlxflow.messages.errors import StageError, UserError
+from mlxflow.workflow import ranked_execution
 from tests.distributed.conftest import FIXED, WORKFLOW, Build, Faults
 
 Alone = tuple[Path, bytes]
@@ -87,6 +89,25 @@ def test_a_sharded_optimizer_ends_in_the_same_bytes_from_a_checkpoint_of_any_num
     with pytest.raises(SystemExit):
         train(2, optimizer_sharding="true")
     assert train(1) == trained_alone[1]
+
+
+def test_a_reduce_scatter_gives_each_rank_its_part_of_the_same_sums(
+    train: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(settings: str) -> bytes:
+        shutil.rmtree("artifacts/train", ignore_errors=True)
+        return train(2, train=f"{FIXED}\n{settings}\n", reduction='"fast"', optimizer_sharding="true")
+
+    whole, unclipped = trained("max_grad_norm = 0.1"), trained("max_grad_norm = 0.0")
+    script, marker = str(Path(__file__).with_name("scattering_rank.py")), tmp_path / "scattered"
+    arguments = ranked_execution._arguments
+    monkeypatch.setattr(ranked_execution, "_arguments", lambda *given: (script, str(marker), *arguments(*given)[2:]))
+    assert trained("max_grad_norm = 0.0") == unclipped
+    assert marker.exists()
+    # the norm is added in another order: 3e-7 of a gradient, and AdamW's steps hardly depend on a scale of all
+    for name, value in safetensors.numpy.load(trained("max_grad_norm = 0.1")).items():
+        expected = safetensors.numpy.load(whole)[name]
+        assert np.abs(value - expected).max() <= 1e-6 * np.abs(expected).max(), name
 
 
 def test_an_optimizer_of_whole_matrices_is_not_sharded(train: Build) -> None:

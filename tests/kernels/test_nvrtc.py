@@ -14,8 +14,9 @@ from mlxflow.kernels.model_kernels import TrainingTraits
 from mlxflow.kernels.verification_cases import case_of
 from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training.objective import plain_objective
-from mlxflow.training.optimizers import Update, make_optimizer
+from mlxflow.training.optimizers import make_optimizer
 from mlxflow.training.step import Step
+from mlxflow.training.update import Update
 from tests.kernels.stand_ins import uncompiled  # noqa: F401
 from tests.small_models import llama
 

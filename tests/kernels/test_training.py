@@ -15,8 +15,9 @@ from mlxflow.ops import gradient_checkpointing
 from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training import precompile
 from mlxflow.training.objective import make_objective
-from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
+from mlxflow.training.optimizers import make_optimizer, make_schedule
 from mlxflow.training.step import Step
+from mlxflow.training.update import Update
 from tests.kernels.stand_ins import uncompiled, use_references  # noqa: F401
 from tests.small_models import llama
 

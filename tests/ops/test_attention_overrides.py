@@ -13,8 +13,9 @@ from mlxflow.ops import attention_overrides
 from mlxflow.ops.attention_overrides import Heads, causal_attention, causal_by_blocks, first_causal_heads
 from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training.objective import plain_objective
-from mlxflow.training.optimizers import Update, make_optimizer
+from mlxflow.training.optimizers import make_optimizer
 from mlxflow.training.step import Step
+from mlxflow.training.update import Update
 from tests.small_models import llama
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="serves on the CPU only")

@@ -15,9 +15,9 @@ from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
 from mlxflow.training.objective import make_objective, plain_objective, uses_fused_loss
-from mlxflow.training.optimizers import Update
 from mlxflow.training.settings import AdapterShape
 from mlxflow.training.step import Step
+from mlxflow.training.update import Update
 from tests.small_models import llama
 
 SETTINGS = [

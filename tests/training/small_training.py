@@ -15,11 +15,11 @@ from mlxflow.training import build
 from mlxflow.training.batch_size import BatchSizes, Decision
 from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.objective import plain_objective
-from mlxflow.training.optimizers import Update
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.step import Step
 from mlxflow.training.trainer import Session, Trainer
+from mlxflow.training.update import Update
 from tests.small_models import llama
 
 GB = 10**9

@@ -4,8 +4,9 @@ from mlx.utils import tree_flatten
 
 from mlxflow.kernels import adamw
 from mlxflow.training.objective import plain_objective
-from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
+from mlxflow.training.optimizers import make_optimizer, make_schedule
 from mlxflow.training.step import Step
+from mlxflow.training.update import Update
 from tests.small_models import llama
 
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlxflow.distributed.rank import Rank
 from mlxflow.distributed.team import Team
 from mlxflow.training.optimizer_shards import OptimizerShards
-from mlxflow.training.optimizers import Update
+from mlxflow.training.update import Update
 
 
 class _Rank(Team):

@@ -12,10 +12,11 @@ from mlxflow.data.token_file import Rows
 from mlxflow.kernels import codegen
 from mlxflow.training.adapters import add_adapters
 from mlxflow.training.objective import plain_objective
-from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
+from mlxflow.training.optimizers import make_optimizer, make_schedule
 from mlxflow.training.precompile import precompile_step
 from mlxflow.training.settings import AdapterShape
 from mlxflow.training.step import Step
+from mlxflow.training.update import Update
 from tests.small_models import llama
 
 ROWS = Rows(np.ones((4, 17), np.uint16), np.full((4, 17), 3, np.uint8))

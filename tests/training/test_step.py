@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten
 
 from mlxflow.training.gradient_packing import Gradients
 from mlxflow.training.objective import plain_objective
-from mlxflow.training.optimizers import Update
 from mlxflow.training.step import Step
+from mlxflow.training.update import Update
 from tests.small_models import llama
 
 
