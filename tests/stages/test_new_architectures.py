@@ -83,8 +83,13 @@ def test_a_new_model_learns_and_is_quantized(job: Path, name: str) -> None:
     assert quantized["quality"]["perplexity"] == pytest.approx(quantized["quality"]["dense_perplexity"], rel=0.5)
 
 
-def test_a_killed_training_of_another_architecture_resumes_to_the_same_weights(job: Path, tmp_path: Path) -> None:
-    text = (TEXT % ("qwen3_moe", ARGS["qwen3_moe"])).replace("num_steps = 24", "num_steps = 60")
+@pytest.mark.parametrize(
+    "name", [name if name == "qwen3_moe" else pytest.param(name, marks=pytest.mark.matrix) for name in ARGS]
+)
+def test_a_killed_training_of_another_architecture_resumes_to_the_same_weights(
+    job: Path, tmp_path: Path, name: str
+) -> None:
+    text = (TEXT % (name, ARGS[name])).replace("num_steps = 24", "num_steps = 60")
     (job / "workflow.toml").write_text(text)
     whole = Path(shutil.copytree(job, tmp_path / "whole"))
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
