@@ -30,11 +30,17 @@ class DeviceBatch(NamedTuple):
         tokens: (B, L + 1) ids.
         marks: (B, L + 1); see `Batch`.
         targets: tokens that the model learns to predict.
+        extras: further arrays of the rows, (B, ...) each, that the loss takes.
     """
 
     tokens: mx.array
     marks: mx.array
     targets: int
+    extras: tuple[mx.array, ...] = ()
+
+    def part(self, begin: int, end: int) -> tuple[mx.array, ...]:
+        """Return tokens, marks and further arrays of some rows: what a step computes with."""
+        return tuple(one[begin:end] for one in (self.tokens, self.marks, *self.extras))
 
 
 class Order:
@@ -175,7 +181,8 @@ class Loader(Iterator[DeviceBatch]):
 
     @staticmethod
     def _upload(batch: Batch) -> DeviceBatch:
-        return DeviceBatch(mx.array(batch.tokens), mx.array(batch.marks), batch.targets)
+        extras = tuple(map(mx.array, batch.extras))
+        return DeviceBatch(mx.array(batch.tokens), mx.array(batch.marks), batch.targets, extras)
 
     def _work(self) -> None:
         while True:
@@ -210,7 +217,7 @@ def _read_ahead(rows: Rows) -> None:
 
     if rows.tokens.nbytes + rows.marks.nbytes > psutil.virtual_memory().available // 2:
         return
-    for array in rows:
+    for array in (rows.tokens, rows.marks):
         mapped = getattr(array, "_mmap", None)
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
             mapped.madvise(mmap.MADV_WILLNEED)

@@ -20,10 +20,12 @@ class Batch(NamedTuple):
         tokens: (B, L + 1) ids.
         marks: (B, L + 1) for each token 2 * (number of its piece in the row, from 1) + (1 if it is trained on); 0 for
             unused positions. The tokens of a piece belong to one document.
+        extras: further arrays of the rows, (B, ...) each, that the loss takes.
     """
 
     tokens: "NDArray[Any]"
     marks: "NDArray[Any]"
+    extras: "tuple[NDArray[Any], ...]" = ()
 
     @property
     def targets(self) -> int:
@@ -36,6 +38,7 @@ class Rows(NamedTuple):
 
     tokens: "NDArray[Any]"
     marks: "NDArray[Any]"
+    extras: "tuple[NDArray[Any], ...]" = ()
 
     @property
     def num_rows(self) -> int:
@@ -44,15 +47,17 @@ class Rows(NamedTuple):
 
     def head(self, count: int) -> "Rows":
         """Return the first rows, as a view."""
-        return Rows(self.tokens[:count], self.marks[:count])
+        tokens, marks, *extras = (part[:count] for part in (self.tokens, self.marks, *self.extras))
+        return Rows(tokens, marks, tuple(extras))
 
     def take(self, indices: "NDArray[np.int64]") -> Batch:
         """Return the rows of the given numbers, (B,), as a copy."""
-        return Batch(self.tokens.take(indices, axis=0), self.marks.take(indices, axis=0))
+        tokens, marks, *extras = (part.take(indices, axis=0) for part in (self.tokens, self.marks, *self.extras))
+        return Batch(tokens, marks, tuple(extras))
 
-    def batch(self, begin: int, end: int) -> Batch:
-        """Return consecutive rows."""
-        return Batch(self.tokens[begin:end], self.marks[begin:end])
+    def batch(self, begin: int, end: int) -> "tuple[NDArray[Any], NDArray[Any]]":
+        """Return tokens and marks of consecutive rows."""
+        return self.tokens[begin:end], self.marks[begin:end]
 
 
 class PieceAt(NamedTuple):

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxflow.messages.errors import CallError
-from mlxflow.quantization.affine_grid import best_grid
 from mlxflow.quantization.block_calls import BlockCall, RecordedPass, record_blocks
 from mlxflow.quantization.block_training import BlockRows, relative_error, train_block
-from mlxflow.quantization.codec import Packed, symmetric_grid, unpack
+from mlxflow.quantization.codec import Packed, unpack
 from mlxflow.quantization.error_compensation import Compensation
+from mlxflow.quantization.grids import first_grid, nearest
 from mlxflow.quantization.hidden_streams import HiddenStreams
 from mlxflow.quantization.layer_inputs import input_products, other_weights, remove_weights
 from mlxflow.quantization.outside_layers import round_outside
@@ -87,15 +87,12 @@ def require_blocks(model: nn.Module, plan: Mapping[str, Setting], *, context_len
         name: of the setting, for messages.
 
     Raises:
-        CallError: the blocks take unusual inputs, or a layer of the blocks has a mode without an affine grid.
+        CallError: the blocks take unusual inputs, or none of their layers is quantized.
     """
     recorded = record_blocks(model, context_length=context_length, name=name)
     inside = [path for call in recorded.calls for path in _layers_of(call, plan)]
     if not inside:
         raise CallError(f"{name}: the plan has no layer that it could learn. Leave one of the blocks' to be quantized.")
-    for path in inside:
-        if plan[path].stored_mode != "affine":
-            raise CallError(f'{name}: learns affine layers, and {path} is {plan[path].mode}. Set mode = "affine".')
     return recorded
 
 
@@ -234,12 +231,12 @@ class _BlockWork:
         products = input_products(block, list(settings), run, self._streams.spans())
         for path, setting in settings.items():
             weight = modules[path].weight
-            grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
+            grid = first_grid(weight, setting)
             inputs = products.pop(path, None)
             if inputs is not None and inputs.shape[-1] == weight.shape[-1]:
                 compensation = Compensation(np.array(inputs))
                 numbers = (np.array(one.astype(mx.float32)) for one in (weight, grid))
-                weight = mx.array(compensation.applied(*numbers, bits=setting.bits))
+                weight = mx.array(compensation.applied(*numbers, nearest(setting)))
             dtypes = modules[path].weight.dtype, stored[path]
             layers[path], arrays[path] = GridLayer.begin(weight, setting, grid, dtypes=dtypes)
         mx.eval(arrays)

@@ -90,9 +90,8 @@ def train_block(
         return relative_error(call(block, x), y)
 
     def step(state: _State, x: mx.array, y: mx.array, number: mx.array) -> tuple[mx.array, _State]:
-        arrays, means, squares = state
-        error, gradients = mx.value_and_grad(loss)(arrays, x, y)
-        return error, _adam(arrays, means, squares, gradients, number, num_steps)
+        error, gradients = mx.value_and_grad(loss)(state[0], x, y)
+        return error, _adam(layers, state, gradients, number, num_steps)
 
     dense = {path: modules[path].weight for path in layers}
     state: _State = (dict(trained), *(tree_map(mx.zeros_like, dict(trained)) for _ in range(2)))
@@ -112,14 +111,14 @@ def train_block(
 
 
 def _adam(
-    arrays: dict[str, Trained],
-    means: dict[str, Trained],
-    squares: dict[str, Trained],
+    layers: Mapping[str, GridLayer],
+    state: _State,
     gradients: dict[str, Trained],
     number: mx.array,
     num_steps: int,
 ) -> _State:
     """Return updated arrays and averages (Kingma and Ba 2014, arXiv:1412.6980), with a rate that falls to zero."""
+    arrays, means, squares = state
     first, second = _BETAS
     means = tree_map(lambda mean, gradient: first * mean + (1 - first) * gradient, means, gradients)
     squares = tree_map(lambda square, one: second * square + (1 - second) * one * one, squares, gradients)
@@ -128,12 +127,16 @@ def _adam(
     moved = {
         path: {
             name: array
-            - left * _RATES[name] * scale * means[path][name] / (mx.sqrt(squares[path][name] * root) + _EPSILON)
+            - left * _rate(layers[path], name) * scale * means[path][name] / (mx.sqrt(squares[path][name] * root) + _EPSILON)
             for name, array in own.items()
         }
         for path, own in arrays.items()
     }
     return moved, means, squares
+
+
+def _rate(layer: GridLayer, name: str) -> float:
+    return _RATES[name] * (layer.spacing if name == "positions" else 1.0)
 
 
 def _order(num_rows: int, batch_size: int, num_steps: int, seed: int) -> list[np.ndarray]:

@@ -204,12 +204,12 @@ def _codes(groups: mx.array, scale: mx.array, half: int) -> mx.array:
 def _pack_on(bits: int) -> Callable[[mx.array, mx.array], mx.array]:
     def packed(weight: mx.array, grid: mx.array) -> mx.array:
         codes = codes_on(weight.reshape(*grid.shape[1:], -1), grid, bits)
-        return _bit_stream(codes.astype(mx.uint32), bits).reshape(*weight.shape[:-1], -1)
+        return bit_stream(codes.astype(mx.uint32), bits).reshape(*weight.shape[:-1], -1)
 
     return mx.compile(packed)
 
 
-def _bit_stream(codes: mx.array, bits: int) -> mx.array:
+def bit_stream(codes: mx.array, bits: int) -> mx.array:
     """Pack codes as MLX does: code i of a row begins at bit i * bits of its little-endian words.
 
     Args:

@@ -5,6 +5,8 @@ columns may be rounded in any order: those with the largest inputs first, which 
 codes. And the result is the compensated weights before rounding, from which training may start.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,9 @@ _COLUMNS_AT_ONCE = 64
 # Numbers of a matrix that are compensated at a time; copies are several times as large
 _NUMBERS_AT_ONCE = 1 << 24
 
+#: Rounds positions, weights in units of their scale without bias, to codes.
+Rounding = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
 
 class Compensation:
     """Compensates matrices that have the same inputs, or parts of their rows.
@@ -30,13 +35,15 @@ class Compensation:
         self._order = np.argsort(-np.diag(inputs), kind="stable")
         self._factor = _inverse_factor(inputs[self._order][:, self._order])
 
-    def applied(self, weight: NDArray[np.float32], grid: NDArray[np.float32], *, bits: int) -> NDArray[np.float32]:
+    def applied(
+        self, weight: NDArray[np.float32], grid: NDArray[np.float32], nearest: Rounding
+    ) -> NDArray[np.float32]:
         """Return weights that lose less of their products with the inputs when they are rounded to their grid.
 
         Args:
             weight: (..., D).
             grid: scales and biases, (2, ..., D / G), as they will be stored.
-            bits: of a code.
+            nearest: rounds to the codes of the grid.
 
         Returns:
             The weights, (..., D), before rounding.
@@ -48,11 +55,11 @@ class Compensation:
         step = max(1, _NUMBERS_AT_ONCE // width)
         for begin in range(0, len(rows), step):
             part = slice(begin, begin + step)
-            result[part] = self._columnwise(rows[part], scales[part], biases[part], bits)
+            result[part] = self._columnwise(rows[part], scales[part], biases[part], nearest)
         return result.reshape(weight.shape)
 
     def _columnwise(
-        self, rows: NDArray[np.float32], scales: NDArray[np.float32], biases: NDArray[np.float32], bits: int
+        self, rows: NDArray[np.float32], scales: NDArray[np.float32], biases: NDArray[np.float32], nearest: Rounding
     ) -> NDArray[np.float32]:
         """Return compensated rows, (N, D), of a grid of (N, D / G) scales and biases."""
         order, factor, width = self._order, self._factor, rows.shape[1]
@@ -64,7 +71,7 @@ class Compensation:
             errors = np.empty((end - begin, columns.shape[1]), np.float32)
             for place in range(begin, end):
                 scale, bias = scales[groups[place]], biases[groups[place]]
-                codes = np.clip(np.rint((columns[place] - bias) / scale), 0, 2**bits - 1)
+                codes = nearest((columns[place] - bias) / scale)
                 error = (columns[place] - codes * scale - bias) / factor[place, place]
                 columns[place + 1 : end] -= np.outer(factor[place, place + 1 : end], error)
                 errors[place - begin] = error

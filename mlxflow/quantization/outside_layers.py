@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxflow.ops.patching import layer_method
-from mlxflow.quantization.affine_grid import best_grid
 from mlxflow.quantization.block_calls import record_blocks
-from mlxflow.quantization.codec import Packed, pack, symmetric_grid, unpack
+from mlxflow.quantization.codec import Packed, unpack
 from mlxflow.quantization.error_compensation import Compensation
+from mlxflow.quantization.grids import first_grid, nearest, pack_on
 from mlxflow.quantization.layer_inputs import input_products, remove_weights
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.scale_groups import cast_to
@@ -42,15 +42,12 @@ def round_outside(
         name: of the setting, for messages.
     """
     model = load()
-    affine = [path for path, setting in plan.items() if setting.stored_mode == "affine"]
-    products = _head_inputs(model, affine, tokens, name=name)
+    products = _head_inputs(model, list(plan), tokens, name=name)
     layers = quantizable_layers(model)
     rounded = {}
     for path, setting in plan.items():
         weight, inputs = layers[path].weight, products.pop(path, None)
-        if path not in affine:
-            packed = pack(weight, setting)
-        elif inputs is None or inputs.shape[-1] != weight.shape[-1]:
+        if inputs is None or inputs.shape[-1] != weight.shape[-1]:
             packed = _packed(weight, setting, None)
         else:
             if hasattr(layers[path], "as_linear"):
@@ -67,15 +64,17 @@ def _packed(weight: mx.array, setting: Setting, compensation: Compensation | Non
     step = max(1, _NUMBERS_AT_ONCE // weight.shape[-1])
     for begin in range(0, len(weight), step):
         rows = weight[begin : begin + step]
-        grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(rows, setting)
+        grid = first_grid(rows, setting)
         exact = rows
         if compensation is not None:
             numbers = (np.array(one.astype(mx.float32)) for one in (rows, grid))
-            exact = mx.array(compensation.applied(*numbers, bits=setting.bits))
-        parts.append(pack(exact, setting, grid))
+            exact = mx.array(compensation.applied(*numbers, nearest(setting)))
+        parts.append(pack_on(exact, setting, grid))
         mx.eval(parts[-1])
-    codes, scales, biases = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
-    return Packed(codes, scales, biases)
+    codes, scales, biases = (
+        None if part[0] is None else mx.concatenate(list(part)) for part in zip(*parts, strict=True)
+    )
+    return Packed(codes, scales, biases)  # type: ignore[arg-type]
 
 
 def _head_inputs(model: nn.Module, paths: list[str], tokens: NDArray[Any], *, name: str) -> dict[str, mx.array]:

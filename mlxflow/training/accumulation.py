@@ -120,14 +120,14 @@ class Accumulator:
     def _pass_over(self, batch: DeviceBatch, *, waits: bool) -> Gradients:
         rows, parts = len(batch.tokens), self._parts
         if self._is_one_pass(rows):
-            gradients = parts.step.compute(batch.tokens, batch.marks)
+            gradients = parts.step.compute(*batch.part(0, rows))
             send(gradients, parts.state, waits=waits)
             return gradients
         so_far = self.partial
         for begin, end in split(rows, parts.sizes.size):
             if end <= parts.state.rows_done:
                 continue
-            so_far = parts.step.add(batch.tokens[begin:end], batch.marks[begin:end], so_far)
+            so_far = parts.step.add(so_far, *batch.part(begin, end))
             send(so_far, parts.state, waits=waits)
             parts.state.rows_done, self.partial = end, so_far
             if end < rows and self.stop_requested():

@@ -12,9 +12,9 @@ from mlxflow.ops import document_mask
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 from mlxflow.training.output_head import Head, find_head
 
-#: Takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses in nats and the number of target
-#: tokens, two scalars in fp32.
-Objective = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
+#: Takes a model, tokens and marks, (B, L + 1) each, and further arrays of the rows if it needs any; returns the sum of
+#: the losses in nats and the number of target tokens, two scalars in fp32.
+Objective = Callable[..., tuple[mx.array, mx.array]]
 
 # Bytes of logits held at a time: on a GPU enough for the matrix units, on a CPU so few that its cache holds them
 _CHUNK_BYTES = {"gpu": 1 << 28, "cpu": 1 << 20}

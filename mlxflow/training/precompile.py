@@ -48,8 +48,8 @@ def precompile_step(
 
 
 def _do(step: Step, rows: Rows, *, is_one_pass: bool) -> None:
-    tokens, marks = mx.array(rows.tokens), mx.array(rows.marks)
-    gradients = step.compute(tokens, marks) if is_one_pass else step.add(tokens, marks, None)
+    batch = [mx.array(part) for part in (rows.tokens, rows.marks, *rows.extras)]
+    gradients = step.compute(*batch) if is_one_pass else step.add(None, *batch)
     mx.eval(step.update(gradients), step.state)
 
 

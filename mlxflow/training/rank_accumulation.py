@@ -238,12 +238,12 @@ class RankAccumulator:
         return cast("Packed", so_far)
 
     def _forward(self, one: _Pass, so_far: Packed | None, *, adds: bool) -> Packed:
-        tokens, marks = (rows[one.begin : one.end] for rows in cast("DeviceBatch", self._batch)[:2])
+        batch = cast("DeviceBatch", self._batch).part(one.begin, one.end)
         rank_step = self._rank_step
 
         def compute() -> Packed:
             self._random.begin_pass(one.number)
-            return rank_step.add(tokens, marks, so_far) if adds else rank_step.compute(tokens, marks)
+            return rank_step.add(so_far, batch) if adds else rank_step.compute(batch)
 
         gradients = compute()
         if self._random.draws < 0:

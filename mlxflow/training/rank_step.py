@@ -40,13 +40,17 @@ class RankStep:
         self._add = step.compiled(add)
         self._unpack = mx.compile(packing.unpack)
 
-    def compute(self, tokens: mx.array, marks: mx.array) -> Packed:
-        """Return the gradients of a batch, (B, L + 1) each, in the dtypes of the weights."""
-        return cast("Packed", self._compute(tokens, marks))
+    def compute(self, batch: tuple[mx.array, ...]) -> Packed:
+        """Return the gradients of a batch in the dtypes of the weights.
 
-    def add(self, tokens: mx.array, marks: mx.array, so_far: Packed | None) -> Packed:
-        """Return the gradients of a batch added to earlier ones, in fp32."""
-        return cast("Packed", self._add(tokens, marks, self.zeros() if so_far is None else so_far))
+        Args:
+            batch: tokens and marks, (B, L + 1) each, and the further arrays that the objective takes.
+        """
+        return cast("Packed", self._compute(batch))
+
+    def add(self, so_far: Packed | None, batch: tuple[mx.array, ...]) -> Packed:
+        """Return the gradients of a batch, see `compute`, added to earlier ones, in fp32."""
+        return cast("Packed", self._add(batch, self.zeros() if so_far is None else so_far))
 
     def zeros(self) -> Packed:
         """Return the sums of no rows, in fp32."""

@@ -55,19 +55,19 @@ class Step:
     ) -> None:
         self.state: list[Any] = [model.state, update.state, mx.random.state]
 
-        def loss(weights: Any, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
+        def loss(weights: Any, *batch: mx.array) -> tuple[mx.array, mx.array]:
             model.update(weights)
-            return objective(model, tokens, marks)
+            return objective(model, *batch)
 
-        def compute(tokens: mx.array, marks: mx.array) -> Gradients:
+        def compute(tokens: mx.array, *others: mx.array) -> Gradients:
             weights = model.trainable_parameters()
             with replaced_operations(model, tokens, overrides):
-                (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
+                (total, count), tree = mx.value_and_grad(loss)(weights, tokens, *others)
             model.update(weights)  # the original weights, not those of the transformation
             return Gradients(total, count, tree)
 
-        def add(tokens: mx.array, marks: mx.array, total: mx.array, count: mx.array, tree: Any) -> Gradients:
-            more = compute(tokens, marks)
+        def add(total: mx.array, count: mx.array, tree: Any, *batch: mx.array) -> Gradients:
+            more = compute(*batch)
             summed = tree_map(lambda one, other: one + other.astype(mx.float32), tree, more.tree)
             return Gradients(total + more.total, count + more.targets, summed)
 
@@ -102,13 +102,17 @@ class Step:
         """Return a tree of weights that every rank has: those of the state, or else the model's."""
         return self._of_update.shared_weights()
 
-    def compute(self, tokens: mx.array, marks: mx.array) -> Gradients:
-        """Return the gradients of a batch, (B, L + 1) each, in the dtypes of the weights."""
-        return Gradients(*self._compute(tokens, marks))
+    def compute(self, *batch: mx.array) -> Gradients:
+        """Return the gradients of a batch in the dtypes of the weights.
 
-    def add(self, tokens: mx.array, marks: mx.array, so_far: Gradients | None) -> Gradients:
-        """Return the gradients of a batch added to earlier ones, in fp32."""
-        return Gradients(*self._add(tokens, marks, *(self.zeros() if so_far is None else so_far)))
+        Args:
+            batch: tokens and marks, (B, L + 1) each, and the further arrays that the objective takes.
+        """
+        return Gradients(*self._compute(*batch))
+
+    def add(self, so_far: Gradients | None, *batch: mx.array) -> Gradients:
+        """Return the gradients of a batch, see `compute`, added to earlier ones, in fp32."""
+        return Gradients(*self._add(*(self.zeros() if so_far is None else so_far), *batch))
 
     def zeros(self) -> Gradients:
         """Return the sums of no rows, in fp32."""
@@ -125,14 +129,14 @@ class Step:
         return GradientPacking(self._model.trainable_parameters(), self._of_update.layout)
 
     def compiled(self, of_gradients: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a compiled function of tokens, marks and other arguments that computes the gradients of a batch.
+        """Return a compiled function of a batch's arrays and of earlier sums that computes the gradients of the batch.
 
         Args:
-            of_gradients: of the gradients and the other arguments.
+            of_gradients: of the gradients and the sums.
         """
 
-        def compute(tokens: mx.array, marks: mx.array, *others: Any) -> Any:
-            return of_gradients(self._gradients(tokens, marks), *others)
+        def compute(batch: tuple[mx.array, ...], *sums: Any) -> Any:
+            return of_gradients(self._gradients(*batch), *sums)
 
         return mx.compile(compute, inputs=self._read, outputs=self._drawn)
 
@@ -163,7 +167,7 @@ def accumulate(
         return step.compute(tokens, marks)
     so_far = None
     for begin, end in split(len(tokens), batch_size):
-        so_far = step.add(tokens[begin:end], marks[begin:end], so_far)
+        so_far = step.add(so_far, tokens[begin:end], marks[begin:end])
         after_each(so_far)
     return cast("Gradients", so_far)
 

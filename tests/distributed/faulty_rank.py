@@ -27,7 +27,7 @@ computed = 0
 compute = RankStep.compute
 
 
-def faulty(rank_step: RankStep, tokens: mx.array, marks: mx.array) -> Any:
+def faulty(rank_step: RankStep, batch: tuple[mx.array, ...]) -> Any:
     """Compute the gradients of a batch, or fail."""
     global computed
     computed += 1
@@ -48,7 +48,7 @@ def faulty(rank_step: RankStep, tokens: mx.array, marks: mx.array) -> Any:
         name = sorted(weights)[0]
         weights[name] = weights[name] * (1 + 1e-6)
         step.restore(step.state[1])
-    return compute(rank_step, tokens, marks)
+    return compute(rank_step, batch)
 
 
 def _cut_connections() -> None:

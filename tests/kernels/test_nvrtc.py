@@ -101,7 +101,7 @@ def test_a_training_step_uses_precompiled_kernels_only(
         step = Step(model, update, plain_objective(masks_documents=False, uses_kernel=True), overrides=how)
         rows = mx.zeros((2, 17), tokens)
         marks = mx.full(rows.shape, 3, mx.uint8)
-        step.update(step.add(rows, marks, step.compute(rows, marks)))
+        step.update(step.add(step.compute(rows, marks), rows, marks))
     symbols = {one["name"].rpartition("_")[0] for one in launched}
     kinds = ["rms_norm", "rotary", "gated_backward_joined", "cross_entropy", "adamw", "sum_of_squares", "embedding"]
     kinds += ["attention_backward_keys"] if dtype == mx.bfloat16 else []

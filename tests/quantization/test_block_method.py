@@ -12,7 +12,6 @@ import pytest
 from benchmarks.architecture_configs import config_of
 from mlxflow.messages.errors import CallError
 from mlxflow.models import model_folder
-from mlxflow.quantization import block_method
 from mlxflow.quantization.apply import apply_plan
 from mlxflow.quantization.block_calls import record_blocks
 from mlxflow.quantization.block_method import BlockRequest, LearnedBlocks, learn_blocks
@@ -35,6 +34,20 @@ def _model(architecture: str = "llama") -> nn.Module:
 
 def _plan(model: nn.Module, bits: int = 2, mode: str = "affine") -> dict[str, Setting]:
     return {path: Setting(mode, bits, 32) for path, one in model.named_modules() if hasattr(one, "to_quantized")}
+
+
+_FLOAT_GROUPS = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
+
+
+@pytest.mark.parametrize("mode", _FLOAT_GROUPS)
+def test_floating_point_modes_are_learned_and_lose_less_than_rounding(mode: str, tmp_path: Path) -> None:
+    bits, group_size = _FLOAT_GROUPS[mode]
+    plan = {path: Setting(mode, bits, group_size) for path in _plan(_model())}
+    made = learn_blocks(_model, plan, TOKENS, _request(tmp_path, num_steps=24), watch=lambda _: None)
+    assert made.packed.keys() == plan.keys()
+    assert all(one.scales.dtype == mx.uint8 and one.biases is None for one in made.packed.values())
+    assert all(one.after < one.before for one in made.errors)
+    assert _kl("llama", plan, made.packed) < 0.9 * _kl("llama", plan, None)
 
 
 def _learned(folder: Path, architecture: str = "llama", **request: Any) -> tuple[LearnedBlocks, dict[str, Setting]]:
@@ -158,13 +171,4 @@ def test_unusual_blocks_are_refused_by_name(way: str, what: str) -> None:
     assert str(caught.value) == (
         f'quantize.method = "block": needs blocks that each take only the output of the one before, and '
         f'test_block_method has {what}. Use "gptq".'
-    )
-
-
-def test_modes_without_a_trainable_grid_are_refused() -> None:
-    model = _model()
-    with pytest.raises(CallError) as caught:
-        block_method.require_blocks(model, _plan(model, 4, "mxfp4"), context_length=8, name="quantize.method")
-    assert str(caught.value) == (
-        'quantize.method: learns affine layers, and model.layers.0.mlp.up_proj is mxfp4. Set mode = "affine".'
     )

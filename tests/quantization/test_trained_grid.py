@@ -3,11 +3,14 @@ import numpy as np
 import pytest
 
 from mlxflow.quantization.affine_grid import best_grid
-from mlxflow.quantization.codec import pack, round_trip, symmetric_grid, unpack
+from mlxflow.quantization.codec import round_trip, unpack
+from mlxflow.quantization.grids import codes_of, first_grid, pack_on
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.trained_grid import GridLayer, Trained
 
 FP32 = (mx.float32, mx.float32)
+
+FLOATS = [Setting("mxfp4", 4, 32), Setting("nvfp4", 4, 16), Setting("mxfp8", 8, 32)]
 
 
 def _moved(trained: Trained) -> Trained:
@@ -20,23 +23,25 @@ def _moved(trained: Trained) -> Trained:
     }
 
 
-@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 2, 32), Setting("affine", 4, 64)])
+@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 2, 32), Setting("affine", 4, 64), *FLOATS])
 def test_before_training_the_codes_are_those_of_the_grid(setting: Setting) -> None:
     weight = mx.random.normal((16, 128), key=mx.random.key(0))
-    grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
+    grid = first_grid(weight, setting)
     layer, trained = GridLayer.begin(weight, setting, grid, dtypes=FP32)
-    expected = unpack(pack(weight, setting, grid), setting)
+    expected = unpack(pack_on(weight, setting, grid), setting, mx.float32)
     assert mx.allclose(layer.weight(trained), expected, atol=1e-6)
-    assert mx.allclose(unpack(layer.packed(trained), setting), expected, atol=1e-6)
+    assert mx.allclose(unpack(layer.packed(trained), setting, mx.float32), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 2, 32)])
+@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 2, 32), *FLOATS])
 def test_the_packed_weight_is_the_trained_one(setting: Setting) -> None:
     weight = mx.random.normal((16, 128), key=mx.random.key(0))
-    grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
+    grid = first_grid(weight, setting)
     layer, trained = GridLayer.begin(weight, setting, grid, dtypes=FP32)
     trained = _moved(trained)
-    assert mx.allclose(unpack(layer.packed(trained), setting), layer.weight(trained), atol=1e-6)
+    assert mx.allclose(unpack(layer.packed(trained), setting, mx.float32), layer.weight(trained), atol=1e-6)
+    if setting in FLOATS:
+        return
     narrow = layer._replace(setting=setting._replace(narrows_scales=True)).packed(trained)
     assert narrow.scales.dtype == mx.bfloat16
     assert mx.array_equal(narrow.weight, layer.packed(trained).weight)
@@ -55,6 +60,18 @@ def test_gradients_are_those_of_fixed_codes() -> None:
     is_on = (trained["positions"] >= -0.5) & (trained["positions"] <= 3.5)
     assert 0 < int(is_on.sum()) < is_on.size
     assert mx.allclose(gradients["positions"], mx.where(is_on, incoming * layer.scales, 0))
+
+
+@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 2, 32), *FLOATS])
+def test_training_begins_with_the_codes_of_a_packed_matrix(setting: Setting) -> None:
+    weight = mx.random.normal((16, 128), key=mx.random.key(0))
+    packed = pack_on(weight, setting, first_grid(weight, setting) * mx.array([0.5, 0.5])[:, None, None])
+    layer, trained = GridLayer.of_packed(packed, setting, dtypes=FP32)
+    again = layer.packed(trained)
+    assert mx.array_equal(again.weight, packed.weight)
+    assert mx.array_equal(again.scales, packed.scales)
+    assert mx.allclose(layer.weight(trained), unpack(packed, setting, mx.float32), atol=1e-6)
+    assert mx.array_equal(trained["positions"].reshape(16, 128), codes_of(packed, setting))
 
 
 def test_groups_of_equal_weights_stay_finite() -> None:

@@ -84,7 +84,7 @@ def test_a_fast_reduction_adds_each_rank_first(monkeypatch: pytest.MonkeyPatch) 
     batch = accumulator._batch
     assert batch is not None
     step = accumulator._parts.step
-    own = step.add(batch.tokens[8:], batch.marks[8:], step.add(batch.tokens[:8], batch.marks[:8], None))
+    own = step.add(step.add(None, *batch.part(0, 8)), *batch.part(8, 16))
     summed = accumulator.accumulate(waits=False)
     accumulator._parts.batches.close()
     assert isinstance(summed.gradients, Joined)

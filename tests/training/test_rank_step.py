@@ -30,7 +30,7 @@ def _rank_step(size: int) -> RankStep:
 
 def _gradients(rank_step: RankStep) -> Packed:
     marks = mx.ones(TOKENS.shape, mx.uint8) * 3
-    packed = rank_step.compute(mx.array(TOKENS), marks)
+    packed = rank_step.compute((mx.array(TOKENS), marks))
     mx.eval(packed)
     return packed
 
@@ -56,7 +56,7 @@ def test_an_update_goes_on_from_sums_that_it_began_with() -> None:
     rank_step = _rank_step(2)
     mine = _gradients(rank_step)
     step = rank_step._step
-    begun = step.add(mx.array(TOKENS), mx.ones(TOKENS.shape, mx.uint8) * 3, None)
+    begun = step.add(None, mx.array(TOKENS), mx.ones(TOKENS.shape, mx.uint8) * 3)
     whole = rank_step.add_in_rank_order(rank_step.begun(begun), mine, 2)
     one = np.concatenate([np.array(array) for array in mine])
     packed = np.concatenate([np.array(array) for array in rank_step.pack(begun)])

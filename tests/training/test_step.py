@@ -114,7 +114,7 @@ def test_any_split_of_the_rows_gives_the_same_gradient(size: int) -> None:
     whole = step.compute(tokens, marks)
     parts = None
     for begin in range(0, 64, size):
-        parts = step.add(tokens[begin : begin + size], marks[begin : begin + size], parts)
+        parts = step.add(parts, tokens[begin : begin + size], marks[begin : begin + size])
     assert parts is not None
     assert float(parts.targets) == float(whole.targets) == float(lengths.sum())
     assert _difference(parts, whole) < 1e-6
@@ -125,7 +125,7 @@ def test_computing_gradients_leaves_the_model_unchanged() -> None:
     model = _model()
     step = _step(model, optim.SGD(1.0), max_grad_norm=1.0)
     batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
-    mx.eval(step.compute(batch, _marks(4, 9)), step.add(batch, _marks(4, 9), None))
+    mx.eval(step.compute(batch, _marks(4, 9)), step.add(None, batch, _marks(4, 9)))
     assert all(mx.array_equal(value, _weights(_model())[name]) for name, value in _weights(model).items())
 
 
