@@ -45,7 +45,8 @@ def _qat_settings(model: Any, **table: Any) -> Any:
     from mlxflow.stages import quantize
 
     config = quantize.Config(method="qat", **table)
-    return suited(table_requests.written_settings(config, num_rows=1), model, learning_rate=config.learning_rate)
+    settings = table_requests.written_settings(config, num_rows=1)
+    return suited(settings, model, learning_rate=config.learning_rate, trains_grids=False)
 
 
 class Job:

@@ -62,6 +62,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/quantization/mlx_lm_patches.py": "tests/quantization/test_calibrated.py",
     "mlxflow/quantization/quality.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/size_report.py": "tests/stages/test_quantize.py",
+    "mlxflow/quantization/start_grid.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/table_checks.py": "tests/test_number_bounds.py",
     "mlxflow/quantization/table_requests.py": "tests/stages/test_quantize.py",
     "mlxflow/report/stage_reports/export.py": "tests/stages/test_export.py",

@@ -1,7 +1,8 @@
 """Quantization-aware training: its settings, and training with rounded weights in every forward pass."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +15,14 @@ from mlxflow.models import adapter_files, model_folder, quantized_layers
 from mlxflow.ops import document_mask
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
+from mlxflow.quantization.distillation import TaughtRows, distilling_objective, taught_rows
 from mlxflow.quantization.fake_quant import fake_quantized
+from mlxflow.quantization.grid_training import grids_in_training
+from mlxflow.quantization.grids import first_grid, pack_on
+from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.start_grid import StartGrid
+from mlxflow.report.stage_reports.quantize import TeacherFigures
 from mlxflow.storage.run_context import Context, derive_seed
 from mlxflow.training import adapters, build, kernel_selection, objective, run
 from mlxflow.training.figures import TrainingFigures, TrainingRun
@@ -23,6 +30,9 @@ from mlxflow.training.settings import SettingNames, TrainingSettings
 
 # The best learning rate found for this number of steps, by `benchmarks/quantize.py recovery`
 _LEARNING_RATE, _STEPS = 8e-4, 300
+
+# The highest change of a scale in a step, relative to it: that of EfficientQAT's second phase is of this size
+_GRID_RATE = 2e-3
 
 
 class RoundedTraining(NamedTuple):
@@ -32,12 +42,14 @@ class RoundedTraining(NamedTuple):
         packed: the codes of the layers that the last forward pass used, by module path.
         kernels: names of the selected kernels.
         figures: of the training.
+        teacher: the cached distributions that were distilled; None without.
         run: facts that may differ between equal runs.
     """
 
     packed: dict[str, Packed]
     kernels: list[str]
     figures: TrainingFigures
+    teacher: TeacherFigures | None
     run: TrainingRun
 
 
@@ -49,6 +61,7 @@ class AwareTraining(NamedTuple):
         learning_rate: the highest; "auto" for one that suits the number of steps.
         kernels: "auto", "off" or "require".
         distills: whether to distill the dense model's distributions instead of training on the text.
+        trains: "weights" on fixed grids, the "scales" and biases of fixed codes, or "all" of them.
         names: of the settings, for messages.
         description: of the run, see `RunFiles`.
     """
@@ -57,36 +70,40 @@ class AwareTraining(NamedTuple):
     learning_rate: float | Literal["auto"]
     kernels: kernel_selection.Mode
     distills: bool
+    trains: Literal["weights", "scales", "all"]
     names: SettingNames
     description: Mapping[str, Any]
 
 
-def suited(settings: TrainingSettings, model: nn.Module, *, learning_rate: float | Literal["auto"]) -> TrainingSettings:
+def suited(
+    settings: TrainingSettings, model: nn.Module, *, learning_rate: float | Literal["auto"], trains_grids: bool
+) -> TrainingSettings:
     """Return settings for quantization-aware training; document mask, fused loss and kernels are off.
 
     Args:
         settings: steps, rows, adapters, checkpointing, determinism and the limit of validation rows are used.
         model: to train; the dtypes of its weights are used.
         learning_rate: the highest; "auto" for one that suits the number of steps.
+        trains_grids: whether scales and biases are trained.
     """
     types = {value.dtype for _, value in tree_flatten(model.parameters())}
     num_steps = settings.num_steps
     return settings.replace(
         max_batch_size=max(64, settings.batch_size),
-        learning_rate=_highest_rate(num_steps) if learning_rate == "auto" else learning_rate,
+        learning_rate=_highest_rate(num_steps, trains_grids=trains_grids) if learning_rate == "auto" else learning_rate,
         warmup_steps=min(max(1, num_steps // 10), num_steps // 2),
         schedule="linear",
         # No decay: weights are pulled to grid points. Low betas: old moments react too late to the rounding error.
         weight_decay=0.0,
-        optimizer_options={"betas": [0.8, 0.99]},
+        optimizer_options={"betas": [0.9, 0.95], "eps": 1e-12} if trains_grids else {"betas": [0.8, 0.99]},
         precision="fp32" if types == {mx.float32} else "bf16",
         eval_every=max(1, num_steps // 2),
     )
 
 
-def _highest_rate(num_steps: int) -> float:
+def _highest_rate(num_steps: int, *, trains_grids: bool) -> float:
     """Return the learning rate for a number of steps: few steps do not average out the noise of a high one."""
-    return _LEARNING_RATE * math.sqrt(min(1.0, num_steps / _STEPS))
+    return _GRID_RATE if trains_grids else _LEARNING_RATE * math.sqrt(min(1.0, num_steps / _STEPS))
 
 
 def train_rounded(
@@ -94,6 +111,7 @@ def train_rounded(
     dense: DenseModel,
     layers: Mapping[str, Setting],
     tokens: TokenPair,
+    start: StartGrid | None,
     *,
     metrics: Path,
     context: Context,
@@ -105,6 +123,7 @@ def train_rounded(
         dense: the model; trained in place, its adapters fused at the end.
         layers: module path to setting.
         tokens: to train and validate on.
+        start: codes and grids to begin with; None to begin with those of the dense weights.
         metrics: gets the learning curve.
         context: of the stage.
 
@@ -115,18 +134,26 @@ def train_rounded(
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     model, names = dense.model, request.names
-    settings = suited(request.settings, model, learning_rate=request.learning_rate)
+    settings = suited(
+        request.settings, model, learning_rate=request.learning_rate, trains_grids=request.trains != "weights"
+    )
     rows = tokens.train.full_rows(settings.batch_size, names.of("batch_size"), sources=names.sources)
-    teacher = _open_teacher(dense.folder) if request.distills else None
+    taught = _taught_rows(request, dense, settings, tokens.train, context)
+    teacher = _open_teacher(dense.folder) if request.distills and taught is None else None
     if settings.adapter_shape is not None:
         adapters.add_adapters(
             model, settings.adapter_shape, seed=derive_seed(context.seed, "train.model"), key=names.of("lora.keys")
         )
     model.train()
-    mx.eval(model.parameters())
     kernel_request = kernel_selection.KernelRequest.of(request.kernels, context)
-    with kernel_selection.begin_verification(kernel_request) as ahead, fake_quantized(model, layers) as pack:
-        subject = _subject(model, settings, tokens.train, teacher, names)
+    with (
+        kernel_selection.begin_verification(kernel_request) as ahead,
+        _rounded(model, layers, start, request.trains) as pack,
+    ):
+        mx.eval(model.parameters())
+        subject = _subject(model, settings, tokens.train, request, names)
+        subject = _with_teacher(subject, teacher, taught)
+        rows = rows if taught is None else taught.rows
         kernels = kernel_selection.select_kernels(kernel_request, subject, rows.head(settings.batch_size), ahead)
         result = run.train(
             subject._replace(settings=subject.settings.replace(kernels=tuple(kernels.selected))),
@@ -137,6 +164,7 @@ def train_rounded(
                 metrics=metrics,
                 checkpoints=context.unfinished,
                 description=request.description,
+                rows=None if taught is None else taught.rows,
             ),
             task=context.task,
             data_seed=derive_seed(context.seed, "train.batches"),
@@ -146,7 +174,46 @@ def train_rounded(
         mx.eval(packed)
     adapter_files.fuse(model)
     figures = TrainingFigures.of(result, num_rows=rows.num_rows, keeps_best=False)
-    return RoundedTraining(packed, kernels.selected, figures, TrainingRun.of(result, kernels))
+    facts = None if taught is None else taught.teacher.figures()
+    return RoundedTraining(packed, kernels.selected, figures, facts, TrainingRun.of(result, kernels))
+
+
+@contextmanager
+def _rounded(
+    model: nn.Module, layers: Mapping[str, Setting], start: StartGrid | None, trains: str
+) -> Iterator[Callable[[], dict[str, Packed]]]:
+    """Let layers compute with rounded weights until the block ends; yield a function that packs them."""
+    if trains == "weights":
+        mx.eval(model.parameters())
+        with fake_quantized(model, layers) as pack:
+            yield pack
+        return
+    if start is None:
+        dense = quantizable_layers(model)
+        packed = {path: _packed(dense[path].weight, setting) for path, setting in layers.items()}
+    else:
+        start.put_into(model)
+        packed = start.packed
+    with grids_in_training(model, layers, packed, trains_codes=trains == "all") as pack:
+        packed.clear()
+        yield pack
+
+
+def _packed(weight: mx.array, setting: Setting) -> Packed:
+    packed = pack_on(weight, setting, first_grid(weight, setting))
+    mx.eval(packed)
+    return packed
+
+
+def _taught_rows(
+    request: AwareTraining, dense: DenseModel, settings: TrainingSettings, tokens: TokenFile, context: Context
+) -> TaughtRows | None:
+    """Return the rows to train on with the dense model's cached distributions; None without."""
+    if not request.distills:
+        return None
+    masks = document_mask.masks_conversations(dense.model, tokens)
+    num_rows = settings.num_steps * settings.rows_per_step
+    return taught_rows(dense, tokens, num_rows=num_rows, masks_documents=masks, context=context)
 
 
 def _open_teacher(folder: Path) -> nn.Module:
@@ -157,17 +224,28 @@ def _open_teacher(folder: Path) -> nn.Module:
 
 
 def _subject(
-    model: nn.Module, settings: TrainingSettings, tokens: TokenFile, teacher: nn.Module | None, names: SettingNames
+    model: nn.Module, settings: TrainingSettings, tokens: TokenFile, request: AwareTraining, names: SettingNames
 ) -> build.Subject:
     """Return the model with its settings and loss, the document mask resolved."""
     length, vocab_size = tokens.context_length, tokens.vocab_size
     masks = document_mask.masks_conversations(model, tokens)
-    fused = teacher is None and objective.uses_fused_loss(
-        model, wanted=None, vocab_size=vocab_size, tokens=settings.batch_size * length
+    # the fused loss has no gradient for the grid of the head
+    fused = (
+        not request.distills
+        and request.trains == "weights"
+        and objective.uses_fused_loss(model, wanted=None, vocab_size=vocab_size, tokens=settings.batch_size * length)
     )
     settings = settings.replace(masks_documents=masks, fused_loss=fused)
-    subject = build.Subject(model, settings, vocab_size, length, names)
+    return build.Subject(model, settings, vocab_size, length, names)
+
+
+def _with_teacher(subject: build.Subject, teacher: nn.Module | None, taught: TaughtRows | None) -> build.Subject:
+    """Return a subject with the loss of distillation, from a model or from cached distributions; itself without."""
+    masks = subject.settings.masks_documents
+    if taught is not None:
+        listed = distilling_objective(masks_documents=masks)
+        return subject._replace(make_objective=lambda uses_kernel: listed)
     if teacher is None:
         return subject
-    distilling = objective.distilling_objective(teacher, masks_documents=masks)
-    return subject._replace(make_objective=lambda uses_kernel: distilling)
+    whole = objective.distilling_objective(teacher, masks_documents=masks)
+    return subject._replace(make_objective=lambda uses_kernel: whole)

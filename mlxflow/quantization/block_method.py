@@ -236,7 +236,7 @@ class _BlockWork:
             if inputs is not None and inputs.shape[-1] == weight.shape[-1]:
                 compensation = Compensation(np.array(inputs))
                 numbers = (np.array(one.astype(mx.float32)) for one in (weight, grid))
-                weight = mx.array(compensation.applied(*numbers, nearest(setting)))
+                weight = mx.array(compensation.applied(*numbers, nearest=nearest(setting)))
             dtypes = modules[path].weight.dtype, stored[path]
             layers[path], arrays[path] = GridLayer.begin(weight, setting, grid, dtypes=dtypes)
         mx.eval(arrays)

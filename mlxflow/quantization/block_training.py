@@ -124,19 +124,18 @@ def _adam(
     squares = tree_map(lambda square, one: second * square + (1 - second) * one * one, squares, gradients)
     left = 1 - number / num_steps
     scale, root = 1 / (1 - first ** (number + 1)), 1 / (1 - second ** (number + 1))
+
+    def rate(path: str, name: str) -> mx.array:
+        return left * scale * _RATES[name] * (layers[path].spacing if name == "positions" else 1.0)
+
     moved = {
         path: {
-            name: array
-            - left * _rate(layers[path], name) * scale * means[path][name] / (mx.sqrt(squares[path][name] * root) + _EPSILON)
+            name: array - rate(path, name) * means[path][name] / (mx.sqrt(squares[path][name] * root) + _EPSILON)
             for name, array in own.items()
         }
         for path, own in arrays.items()
     }
     return moved, means, squares
-
-
-def _rate(layer: GridLayer, name: str) -> float:
-    return _RATES[name] * (layer.spacing if name == "positions" else 1.0)
 
 
 def _order(num_rows: int, batch_size: int, num_steps: int, seed: int) -> list[np.ndarray]:

@@ -9,7 +9,8 @@ import mlx.nn as nn
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import gguf_reading, model_folder, quantized_layers, tokenizer_files
-from mlxflow.storage import config_json
+from mlxflow.storage import config_json, model_files
+from mlxflow.storage.run_context import Context
 from mlxflow.storage.tensor_reading import StoredRows
 
 
@@ -34,6 +35,17 @@ class DenseModel(NamedTuple):
         """Return the model once more, with lazy weights that can be freed one by one."""
         model = quantized_layers.made_dense(*model_folder.load(self.folder, lazy=True))
         return model_folder.cast(*model, self.dtype)[0]
+
+
+def identity_of(folder: Path, context: Context) -> dict[str, str]:
+    """Return the digest of each file of a model folder that is read, by its name.
+
+    Args:
+        folder: of the model.
+        context: of the stage.
+    """
+    files = [folder / name for name in model_files.find(folder).read]
+    return {file.relative_to(folder).as_posix(): context.digests.digests(file).identity for file in files}
 
 
 class TokenPair(NamedTuple):

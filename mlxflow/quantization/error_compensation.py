@@ -36,7 +36,7 @@ class Compensation:
         self._factor = _inverse_factor(inputs[self._order][:, self._order])
 
     def applied(
-        self, weight: NDArray[np.float32], grid: NDArray[np.float32], nearest: Rounding
+        self, weight: NDArray[np.float32], grid: NDArray[np.float32], *, nearest: Rounding
     ) -> NDArray[np.float32]:
         """Return weights that lose less of their products with the inputs when they are rounded to their grid.
 

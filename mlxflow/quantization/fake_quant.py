@@ -42,7 +42,9 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
     """
     modules = dict(model.named_modules())
     chosen = {path: modules[path] for path in layers}
-    changes = [(module, _faking(cast("Hashable", type(module)), layers[path])) for path, module in chosen.items()]
+    changes = [
+        (module, _rounding_class(cast("Hashable", type(module)), layers[path])) for path, module in chosen.items()
+    ]
     try:
         for path, module in chosen.items():
             module[_GRID] = _find_grid(_dense_weight(module), layers[path])
@@ -55,9 +57,17 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
 
 
 @functools.cache
-def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
-    def fake_weight(module: nn.Module) -> mx.array:
-        return _straight_through(setting)(_dense_weight(module), module[_GRID])
+def _rounding_class(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
+    return computing_with(plain, lambda module: _straight_through(setting)(_dense_weight(module), module[_GRID]))
+
+
+def computing_with(plain: type[nn.Module], fake_weight: Callable[[nn.Module], mx.array]) -> type[nn.Module]:
+    """Return a subclass of a layer's class whose products use another weight.
+
+    Args:
+        plain: class of a linear layer, an embedding, a layer of experts, or one of them with an adapter beside it.
+        fake_weight: returns the weight of a layer.
+    """
 
     def through(name: str) -> Callable[..., Any]:
         def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:

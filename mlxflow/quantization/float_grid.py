@@ -1,7 +1,7 @@
 """Grids of the floating-point modes: the values that a code can have, and the scales that a group can have.
 
-"mxfp4" and "mxfp8" (OCP Microscaling Formats 1.0) have elements of 4 bits (E2M1) and 8 bits (E4M3), and for each group a
-power of two as the scale. "nvfp4" has E2M1 elements and E4M3 scales. A weight is its element times the scale.
+"mxfp4" and "mxfp8" (OCP Microscaling Formats 1.0) have elements of 4 bits (E2M1) and 8 bits (E4M3), and for each group
+a power of two as the scale. "nvfp4" has E2M1 elements and E4M3 scales. A weight is its element times the scale.
 """
 
 import mlx.core as mx

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxflow.data.token_file import TokenFile
-from mlxflow.device import compute_device
+from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import CallError
 from mlxflow.models import tokenizer_files
@@ -19,14 +18,15 @@ from mlxflow.quantization.aware_training import AwareTraining, RoundedTraining, 
 from mlxflow.quantization.block_method import BlockErrors
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
+from mlxflow.quantization.distillation import teacher_of
 from mlxflow.quantization.judged_text import QuantizationTexts, describe_texts, text_warnings
 from mlxflow.quantization.progress import show_layers, show_parts
 from mlxflow.quantization.quality import QualityLimits, measure_quality
 from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
 from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.start_grid import StartGrid, plan_of, read_start
 from mlxflow.quantization.streaming_export import Exported, export
-from mlxflow.quantization.teacher_logits import cached_teacher
-from mlxflow.report.stage_reports.quantize import QualityFigures
+from mlxflow.report.stage_reports.quantize import QualityFigures, TeacherFigures
 from mlxflow.storage import config_json, tensor_writing
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.run_context import Context, ModelFolder, derive_seed
@@ -34,8 +34,19 @@ from mlxflow.training.model_choices import default_objective
 
 _BLOCK = '{}.method = "block"'
 
-# The folder of the dense model's distributions in the state folder, and the number of tokens stored for a position
-_TEACHERS, _LIKELIEST = "teachers", 64
+
+class StartRequest(NamedTuple):
+    """The request to start from the artifact of a quantize stage.
+
+    Attributes:
+        files: its weights and its report.
+        name: of the stage.
+        setting: the setting that names it and its value, for messages.
+    """
+
+    files: Sequence[Path]
+    name: str
+    setting: str
 
 
 class QuantizationRequest(NamedTuple):
@@ -51,6 +62,7 @@ class QuantizationRequest(NamedTuple):
         limits: on the cost.
         batch_size: rows in one forward pass, as far as the loss of a budget depends on it.
         token_stage: the stage of the tokens, for the report.
+        start: the artifact of a quantize stage whose codes and grids "qat" starts from; None for the dense weights.
         block_steps: updates of each block, of "block".
         scale_steps: updates of all scales and biases afterwards; 0 for none.
     """
@@ -64,6 +76,7 @@ class QuantizationRequest(NamedTuple):
     limits: QualityLimits
     batch_size: int
     token_stage: str
+    start: StartRequest | None
     block_steps: int
     scale_steps: int
 
@@ -78,6 +91,8 @@ class QuantizationResult(NamedTuple):
         training: of "qat"; None for other methods.
         blocks: errors of the blocks, of "block"; empty for other methods.
         tuned: scales of the whole model, of "block"; None without.
+        start: the stage whose codes and grids the training started from; None without.
+        teacher: the cached distributions that were distilled; None without.
         texts: that the method learned and that judged it; None without tokens.
         quality: the quality loss; None without tokens.
         warnings: about figures that flatter the method.
@@ -89,6 +104,8 @@ class QuantizationResult(NamedTuple):
     training: RoundedTraining | None
     blocks: list[BlockErrors]
     tuned: TunedScales | None
+    start: str | None
+    teacher: TeacherFigures | None
     texts: QuantizationTexts | None
     quality: QualityFigures | None
     warnings: list[str]
@@ -119,17 +136,17 @@ def run_job(
         StageError: a limit of the quality loss is exceeded.
         WorkflowError: the plan does not match the model, or the budget cannot be met.
     """
-    plan, losses = _choose_plan(request, dense, tokens, context)
+    plan, losses, start = _choose_plan(request, dense, tokens, context)
     packed: dict[str, Packed] = {}
-    trained, tuned, blocks = None, None, []
+    trained, tuned, teacher, blocks = None, None, None, []
     if tokens is not None and request.training is not None and metrics is not None:
-        trained = train_rounded(request.training, dense, plan.layers, tokens, metrics=metrics, context=context)
-        packed = trained.packed
+        trained = train_rounded(request.training, dense, plan.layers, tokens, start, metrics=metrics, context=context)
+        packed, teacher = trained.packed, trained.teacher
     elif tokens is not None and request.method == "block":
         learned = _learn_blocks(request, dense, plan, tokens.train, context)
         packed, blocks = learned.packed, learned.errors
         if request.scale_steps:
-            tuned = _tune_scales(request, dense, plan, packed, tokens.train, context)
+            tuned, teacher = _tune_scales(request, dense, plan, packed, tokens.train, context)
             packed = tuned.packed
     elif tokens is not None and request.method != "rtn":
         rows, _ = _calibration_rows(request, tokens.train, context)
@@ -138,8 +155,9 @@ def run_job(
             request.method, dense.model, plan.layers, rows.astype(mx.int32), seed=seed, key=context.task
         )
     exported = _write(request, dense, plan, packed, outputs, context)
+    name = request.start and request.start.name
     if tokens is None:
-        return QuantizationResult(plan, exported, losses, trained, blocks, tuned, None, None, [])
+        return QuantizationResult(plan, exported, losses, trained, blocks, tuned, name, teacher, None, None, [])
     texts = _texts(request, tokens, context)
     quality = measure_quality(
         dense.folder, tokens.validation, layers=plan.layers, limits=request.limits, texts=texts, context=context
@@ -151,7 +169,7 @@ def run_job(
     warnings += [*_shortage(request, tokens.train, context.task)]
     for warning in warnings:
         terminal.say(warning)
-    return QuantizationResult(plan, exported, losses, trained, blocks, tuned, texts, quality, warnings)
+    return QuantizationResult(plan, exported, losses, trained, blocks, tuned, name, teacher, texts, quality, warnings)
 
 
 def _learn_blocks(
@@ -185,28 +203,17 @@ def _tune_scales(
     packed: Mapping[str, Packed],
     tokens: TokenFile,
     context: Context,
-) -> TunedScales:
+) -> tuple[TunedScales, TeacherFigures]:
     """Return packed layers with scales and biases trained to the dense model's distributions, which are cached."""
-    rows = np.array(_calibration_rows(request, tokens, context)[0])[:, :-1]
-    key = {
-        "inputs": context.provenance["inputs_digest"],
-        "rows": rows.tolist(),
-        "likeliest": _LIKELIEST,
-        "device": [context.device, compute_device.name()],
-        "versions": [context.provenance["mlx"], context.provenance["mlxflow"]],
-    }
-    teacher = cached_teacher(
-        dense.reopened,
-        rows,
-        num_likeliest=_LIKELIEST,
-        folder=context.state / _TEACHERS,
-        key=digest_json(key),
-    )
+    ids, marks = _calibration_rows(request, tokens, context)
+    chosen = Rows(np.array(ids), np.array(marks))
+    rows = chosen.tokens[:, :-1]
+    teacher = teacher_of(dense, chosen, masks_documents=False, context=context)
     student = dense.reopened()
     apply_plan(student, plan.layers, packed)
     student.eval()
     with show_parts(context.task, "tuning scales", request.scale_steps, "steps") as watch:
-        return tune_scales(
+        tuned = tune_scales(
             student,
             plan.layers,
             rows,
@@ -216,6 +223,7 @@ def _tune_scales(
             seed=derive_seed(context.seed, "quantize.scales"),
             watch=lambda _, loss: watch(f"loss {loss:.3f}"),
         )
+    return tuned, teacher.figures()
 
 
 def _shortage(request: QuantizationRequest, tokens: TokenFile, task: str) -> Iterator[str]:
@@ -241,9 +249,12 @@ def _texts(request: QuantizationRequest, tokens: TokenPair, context: Context) ->
 
 def _choose_plan(
     request: QuantizationRequest, dense: DenseModel, tokens: TokenPair | None, context: Context
-) -> tuple[plans.QuantizationPlan, list[float] | None]:
-    """Return the plan for a model, and the losses of the plans tried for a budget."""
+) -> tuple[plans.QuantizationPlan, list[float] | None, StartGrid | None]:
+    """Return the plan for a model, the losses of the plans tried for a budget, and the codes to start from."""
     model, key = dense.model, context.task
+    if request.start is not None:
+        start = read_start(request.start.files, default=request.default, key=request.start.setting)
+        return plan_of(start, model, default=request.default, key=request.start.setting), None, start
     plan = plans.resolve(model, default=request.default, rules=request.rules, key=key)
     plans.check_supported(plan.layers, key)
     calibrated.require_learnable(request.method, model, plan.layers, key=key)
@@ -258,7 +269,7 @@ def _choose_plan(
     if warning := plan.warning(key):
         terminal.say(warning)
     if request.budget is None or tokens is None:
-        return plan, None
+        return plan, None, None
     layers, losses = bit_allocation.allocate_bits(
         model,
         plan,
@@ -268,7 +279,7 @@ def _choose_plan(
         objective=default_objective(model, tokens.train, batch_size=request.batch_size),
         batch_size=calibrated.BATCH_SIZE,
     )
-    return plan._replace(layers=layers), losses
+    return plan._replace(layers=layers), losses, None
 
 
 def _calibration_rows(request: QuantizationRequest, tokens: TokenFile, context: Context) -> tuple[mx.array, mx.array]:

@@ -68,7 +68,7 @@ def _packed(weight: mx.array, setting: Setting, compensation: Compensation | Non
         exact = rows
         if compensation is not None:
             numbers = (np.array(one.astype(mx.float32)) for one in (rows, grid))
-            exact = mx.array(compensation.applied(*numbers, nearest(setting)))
+            exact = mx.array(compensation.applied(*numbers, nearest=nearest(setting)))
         parts.append(pack_on(exact, setting, grid))
         mx.eval(parts[-1])
     codes, scales, biases = (

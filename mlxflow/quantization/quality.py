@@ -14,10 +14,11 @@ from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure
 from mlxflow.messages.errors import StageError
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
+from mlxflow.quantization.dense_model import identity_of
 from mlxflow.quantization.judged_text import QuantizationTexts
 from mlxflow.quantization.progress import watched_rows
 from mlxflow.report.stage_reports.quantize import QualityFigures
-from mlxflow.storage import atomic_folders, model_files
+from mlxflow.storage import atomic_folders
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.run_context import Context
 
@@ -115,10 +116,9 @@ def _figures(divergence: Divergence, texts: QuantizationTexts) -> QualityFigures
 
 def _reference_key(dense: Path, validation: Path, num_rows: int, *, masks: bool, context: Context) -> str:
     """Return a digest of everything that the dense model's results depend on."""
-    files = [dense / name for name in model_files.find(dense).read]
     return digest_json(
         {
-            "model": {file.relative_to(dense).as_posix(): context.digests.digests(file).identity for file in files},
+            "model": identity_of(dense, context),
             "validation": context.digests.digests(validation).identity,
             "rows": num_rows,
             "masks": masks,

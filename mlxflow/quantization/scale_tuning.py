@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.mlx_lm_patches import dense_products
 from mlxflow.quantization.settings import Setting
-from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_loss
+from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_losses
 
 # Adam's averages: short, since there are few steps
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
@@ -118,10 +118,10 @@ class _Grids:
         stored = [(name, array.astype(self._dtypes[name])) for name, array in arrays.items()]
         self._student.update(tree_unflatten(stored))
 
-    def loss(self, arrays: dict[str, mx.array], x: mx.array, ids: mx.array, logs: mx.array) -> mx.array:
+    def loss(self, arrays: dict[str, mx.array], x: mx.array, *teacher: mx.array) -> mx.array:
         """Return the distillation loss of the model with some scales and biases."""
         self.put(arrays)
-        return distillation_loss(self._student(x), ids, logs)
+        return distillation_losses(self._student(x), *teacher).mean()
 
     def packed(self) -> dict[str, Packed]:
         """Return the packed layers of the plan."""

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from mlxflow.device.compute_device import parse_size, size_mistake
 from mlxflow.quantization.settings import mistakes_in
-from mlxflow.storage.toml_tables import Problem
+from mlxflow.storage.toml_tables import Problem, toml_value
 
 
 def table_problems(config: Any) -> Iterator[Problem]:
@@ -20,9 +22,65 @@ def table_problems(config: Any) -> Iterator[Problem]:
     if (config.target_bits_per_weight or config.target_size) and config.mode not in ("affine", "symmetric"):
         yield Problem("mode", config.mode, "a budget needs a mode with several bits", 'Set mode = "affine".')
     yield from _budget_problems(config)
+    yield from _start_problems(config)
     if config.needs_tokens and not config.token_stage:
         asking = next(iter(config.needs_tokens))
         yield Problem(asking, getattr(config, asking), "needs tokens, and data names none", 'Set data = "pretokenize".')
+
+
+def follow_start(config: Any, artifacts: Any) -> Any:
+    """Return a table with the settings of the variant that it starts from; written ones that differ are reported.
+
+    Args:
+        config: the table, with `start`.
+        artifacts: see `mlxflow.workflow.stage.Artifacts`.
+    """
+    started = artifacts.table(config.start)
+    if started is None or not hasattr(started, "group_size"):
+        return config  # a name that is no quantize variant is reported with the files it lacks
+    origin = f"starts from {config.start}, which has"
+    is_written = config.mode != "affine" or "auto" not in (config.bits, config.group_size)
+    for key, absent in (
+        ("input", None),
+        ("model", None),
+        ("mode", None if is_written else "affine"),
+        ("bits", "auto"),
+        ("group_size", "auto"),
+        ("layers", ()),
+        ("dtype", "auto"),
+    ):
+        own, other = getattr(config, key), getattr(started, key)
+        if own not in (absent, other):
+            shown = toml_value(other) if isinstance(other, str | int) else "others"
+            advice = f"Set {key} = {shown}." if shown != "others" else f"Remove {key}."
+            artifacts.note(Problem(key, own, f"{origin} {shown}", advice))
+    if problem := _untrained_scales(config.training, started.mode):
+        artifacts.note(problem)
+    kept = {key: getattr(started, key) for key in ("mode", "bits", "group_size", "layers", "dtype")}
+    return msgspec.structs.replace(config, **kept)
+
+
+def _start_problems(config: Any) -> Iterator[Problem]:
+    """Yield keys that contradict a variant to start from, and scales that cannot be trained."""
+    if not config.start:
+        if config.method == "qat" and (problem := _untrained_scales(config.training, config.mode)):
+            yield problem
+        return
+    if config.method != "qat":
+        yield Problem("start", config.start, f"method {config.method} does not start from codes", 'Set method = "qat".')
+    if config.training in ("lora", "dora"):
+        advice = 'Set training = "full" or "scales", or remove start.'
+        yield Problem("training", config.training, "adapters start from dense weights", advice)
+    for key in ("target_bits_per_weight", "target_size"):
+        if getattr(config, key):
+            yield Problem(key, getattr(config, key), "the bits are those of start", f"Remove {key}.")
+
+
+def _untrained_scales(training: str, mode: str) -> Problem | None:
+    if training != "scales" or mode not in ("mxfp4", "mxfp8"):
+        return None
+    expected = f"scales of {mode} are powers of two, which are not trained"
+    return Problem("training", training, expected, 'Set training = "full".')
 
 
 def most_ranks(config: Any) -> int:

@@ -1,6 +1,8 @@
 """Requests for the work of a quantization, from a `[quantize]` table."""
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
@@ -8,7 +10,7 @@ from mlxflow.device.compute_device import parse_size
 from mlxflow.quantization.aware_training import AwareTraining
 from mlxflow.quantization.bit_allocation import BudgetRequest
 from mlxflow.quantization.dense_model import TokenPair
-from mlxflow.quantization.job import QuantizationRequest
+from mlxflow.quantization.job import QuantizationRequest, StartRequest
 from mlxflow.quantization.quality import QualityLimits
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.toml_tables import toml_value
@@ -17,13 +19,16 @@ from mlxflow.training.run import describe
 from mlxflow.training.settings import SettingNames, TrainingSettings, checkpoint_every
 
 
-def request_of(config: Any, context: Context, tokens: TokenPair | None, *, memory_key: str) -> QuantizationRequest:
+def request_of(
+    config: Any, context: Context, tokens: TokenPair | None, *, start: Sequence[Path], memory_key: str
+) -> QuantizationRequest:
     """Return the settings of the quantization from the table.
 
     Args:
         config: the table.
         context: of the stage.
         tokens: of its pretokenize stage.
+        start: files of the stage that it starts from; empty for none.
         memory_key: the setting of the memory limit, for messages.
     """
     key = "target_size" if config.target_size else "target_bits_per_weight"
@@ -47,9 +52,14 @@ def request_of(config: Any, context: Context, tokens: TokenPair | None, *, memor
         QualityLimits(config.max_validation_rows, config.max_perplexity_increase, config.max_kl),
         config.batch_size,
         config.token_stage,
+        _start_request(config, context, start),
         config.block_steps,
         config.scale_steps,
     )
+
+
+def _start_request(config: Any, context: Context, files: Sequence[Path]) -> StartRequest | None:
+    return StartRequest(files, config.start, f'{context.task}.start = "{config.start}"') if files else None
 
 
 def aware_training(config: Any, context: Context, num_rows: int, *, memory_key: str) -> AwareTraining:
@@ -65,8 +75,21 @@ def aware_training(config: Any, context: Context, num_rows: int, *, memory_key: 
     config = length.fitted(config, num_rows, key=names.of("batch_size"))
     description = describe(msgspec.to_builtins(config), names, context)
     return AwareTraining(
-        written_settings(config, num_rows), config.learning_rate, config.kernels, config.distill, names, description
+        written_settings(config, num_rows),
+        config.learning_rate,
+        config.kernels,
+        config.distill,
+        _trains(config),
+        names,
+        description,
     )
+
+
+def _trains(config: Any) -> Literal["weights", "scales", "all"]:
+    """Return what is trained: with codes to start from, their grids as well as the weights."""
+    if config.training == "scales":
+        return "scales"
+    return "all" if config.start else "weights"
 
 
 def written_settings(config: Any, num_rows: int) -> TrainingSettings:

@@ -16,11 +16,15 @@ from mlxflow.quantization.codec import Packed, pack, scales_dtype
 from mlxflow.quantization.grids import codes_of, grid_of, is_float
 from mlxflow.quantization.settings import Setting
 
-#: Trained arrays of a layer by name: positions (..., N / G, G), and of some modes "stretch" and "shift", (..., N / G, 1).
+#: Trained arrays of a layer by name: "positions", (..., N / G, G), and in some modes "stretch" and "shift", of shape
+#: (..., N / G, 1).
 Trained = dict[str, mx.array]
 
 # A scale that a group of equal weights may have; 0 would make all positions infinite
 _LEAST_SCALE = 1e-8
+
+# Change of an E4M3 scale for a change of "stretch": neighbours are up to 12 % apart
+_FLOAT_STRETCH = 4.0
 
 # Half of the distance of the two largest elements
 _HALF_LAST_STEP = {"mxfp4": 1.0, "nvfp4": 1.0, "mxfp8": 16.0}
@@ -80,6 +84,16 @@ class GridLayer(NamedTuple):
         layer = cls(setting, codes.shape, *dtypes, scales, biases)
         return layer, {"positions": codes.reshape(*scales.shape[:-1], -1), **layer.unchanged()}
 
+    def positions_of(self, weight: mx.array, codes: mx.array) -> mx.array:
+        """Return positions with some codes, (..., N / G, G): those of a weight where they have these codes.
+
+        Args:
+            weight: dense, (..., N).
+            codes: (..., N / G, G).
+        """
+        positions = (weight.astype(mx.float32).reshape(codes.shape) - self.biases) / self.scales
+        return mx.where(_codes(positions, self.setting) == codes, positions, codes)
+
     def unchanged(self) -> Trained:
         """Return the arrays of the grid before training: scales that are powers of two are not trained."""
         names = {"affine": ("stretch", "shift"), "symmetric": ("stretch",), "nvfp4": ("stretch",)}
@@ -91,7 +105,7 @@ class GridLayer(NamedTuple):
         return _HALF_LAST_STEP.get(self.setting.mode, 1.0)
 
     def grid(self, trained: Trained) -> tuple[mx.array, mx.array]:
-        """Return the trained scales and biases, (..., N / G, 1), in fp32.
+        """Return the trained scales and biases as they are stored, (..., N / G, 1), in fp32.
 
         `stretch` is the relative change of a scale, `shift` that of a bias in units of the first scale; a symmetric
         grid has no shift of its own, and one of floating-point elements no bias.
@@ -99,11 +113,12 @@ class GridLayer(NamedTuple):
         if is_float(self.setting):
             if "stretch" not in trained:
                 return self.scales, self.biases
-            return _storable(self.setting)(self.scales * (1 + trained["stretch"])), self.biases
-        scales = self.scales * (1 + trained["stretch"])
+            return _storable(self.setting)(self.scales * (1 + _FLOAT_STRETCH * trained["stretch"])), self.biases
+        storable = _narrowed(scales_dtype(self.setting, self.stored_dtype))
+        scales = storable(self.scales * (1 + trained["stretch"]))
         if self.setting.mode == "symmetric":
             return scales, scales * -(2 ** (self.setting.bits - 1))
-        return scales, self.biases + self.scales * trained["shift"]
+        return scales, storable(self.biases + self.scales * trained["shift"])
 
     def weight(self, trained: Trained) -> mx.array:
         """Return the rounded weight in its dtype, differentiable in all trained arrays."""
@@ -125,13 +140,29 @@ class GridLayer(NamedTuple):
 @functools.cache
 def _storable(setting: Setting) -> Callable[[mx.array], mx.array]:
     """Return a function that rounds scales to those that can be stored, with the gradient of the identity."""
-    function = mx.custom_function(lambda scales: float_grid.stored_scales(scales, setting))
+    return _straight(lambda scales: float_grid.stored_scales(scales, setting))
+
+
+@functools.cache
+def _narrowed(dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:
+    """Return a function that rounds fp32 numbers to a dtype, with the gradient of the identity."""
+    return _straight(lambda numbers: numbers.astype(dtype).astype(mx.float32))
+
+
+def _straight(rounded: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    function = mx.custom_function(rounded)
 
     @function.vjp
     def gradients(_primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         return cotangent
 
     return cast("Callable[[mx.array], mx.array]", function)
+
+
+def _codes(positions: mx.array, setting: Setting) -> mx.array:
+    if is_float(setting):
+        return float_grid.round_elements(positions, setting.mode)
+    return mx.clip(mx.round(positions), 0, 2**setting.bits - 1)
 
 
 @functools.cache
@@ -147,20 +178,15 @@ def _rounding(setting: Setting) -> Callable[..., mx.array]:
     else:
         low, high = -0.5, 2**setting.bits - 0.5
 
-    def codes(positions: mx.array) -> mx.array:
-        if is_float(setting):
-            return float_grid.round_elements(positions, setting.mode)
-        return mx.clip(mx.round(positions), 0, 2**setting.bits - 1)
-
     @mx.custom_function
     def points(positions: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return scales * codes(positions) + biases
+        return scales * _codes(positions, setting) + biases
 
     @points.vjp
     def gradients(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         positions, scales, _biases = primals
         is_on = (positions >= low) & (positions <= high)
-        of_scales = (cotangent * codes(positions)).sum(axis=-1, keepdims=True)
+        of_scales = (cotangent * _codes(positions, setting)).sum(axis=-1, keepdims=True)
         return mx.where(is_on, cotangent * scales, 0), of_scales, cotangent.sum(axis=-1, keepdims=True)
 
     return cast("Callable[..., mx.array]", points)

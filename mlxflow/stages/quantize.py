@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
@@ -11,8 +11,8 @@ from msgspec import Meta
 from mlxflow.device.compute_device import SIZE_PATTERN
 from mlxflow.quantization.layer_rules import LayerRule
 from mlxflow.quantization.settings import RequestedSetting, Setting
+from mlxflow.quantization.table_checks import follow_start, table_problems
 from mlxflow.quantization.table_checks import most_ranks as most_ranks
-from mlxflow.quantization.table_checks import table_problems
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit
@@ -25,7 +25,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 8
+VERSION = 9
 
 LATER_KEYS = {"num_epochs": "auto"}
 
@@ -120,8 +120,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description="of qat: whether to distill the dense model's distributions instead of training on the text"),
     ] = False
     training: Annotated[
-        Literal["full", "lora", "dora"], Meta(description="of qat: what is trained: all weights, or adapters")
+        Literal["full", "lora", "dora", "scales"],
+        Meta(
+            description="of qat: what is trained: all weights, adapters, or only the scales and biases of fixed codes"
+        ),
     ] = "full"
+    start: Annotated[
+        str,
+        Meta(
+            examples=["quantize:b2"],
+            description="of qat: a quantize variant whose codes and grids it starts from; empty: the dense weights",
+        ),
+    ] = ""
     checkpointing: Annotated[
         Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
         Meta(description="of qat: gradient checkpointing, as in train"),
@@ -141,9 +151,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 0.0
 
     def __post_init__(self) -> None:
-        """Set missing keys: bits and group sizes to the defaults of the modes, and the steps of qat."""
+        """Set missing keys: the steps of qat, and bits and group sizes, to the defaults of the modes.
+
+        With `start` those are the ones of the started variant, see `resolve`.
+        """
         if self.num_steps == "auto" and self.num_epochs == "auto":
             msgspec.structs.force_setattr(self, "num_steps", _QAT_STEPS)
+        if self.start:
+            return
         requested = RequestedSetting(
             self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size))
         )
@@ -198,7 +213,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def default(self) -> Setting:
         """The setting of layers without a rule."""
-        setting = RequestedSetting(self.mode, cast("int", self.bits), cast("int", self.group_size)).setting
+        bits, group_size = (None if one == "auto" else one for one in (self.bits, self.group_size))
+        setting = RequestedSetting(self.mode, bits, group_size).setting
         return setting._replace(narrows_scales=self.dtype == "auto")
 
 
@@ -210,16 +226,22 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         tokenizer: of a train stage's model.
         beside: other files of its folder.
         tokens: training and validation rows; empty if nothing is measured.
+        start: weights and report of the variant to start from; empty without.
     """
 
     model: tuple[Path, ...] = ()
     tokenizer: tuple[Path, ...] = ()
     beside: tuple[Beside, ...] = ()
     tokens: tuple[Path, ...] = ()
+    start: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
         """Take the model from a train stage or a folder, tokens from a pretokenize stage."""
+        start: tuple[Path, ...] = ()
+        if config.start:
+            begun = artifacts.folder(config.start, "start")
+            start = (begun / "model.safetensors", begun / layout.REPORT)
         tokens: tuple[Path, ...] = ()
         if config.token_stage:
             data = artifacts.folder(config.token_stage, "data")
@@ -228,10 +250,12 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         if folder is None:
             trusts = config.trust_remote_code
             return cls(
-                model=artifacts.model(config.model, "model", trusts_code=trusts, needs_tokenizer=True), tokens=tokens
+                model=artifacts.model(config.model, "model", trusts_code=trusts, needs_tokenizer=True),
+                tokens=tokens,
+                start=start,
             )
         files = model_files_of(folder)
-        return cls(model=files[:2], tokenizer=files[2:], beside=(Beside(folder),), tokens=tokens)
+        return cls(model=files[:2], tokenizer=files[2:], beside=(Beside(folder),), tokens=tokens, start=start)
 
 
 class Outputs(ModelFolder, frozen=True, kw_only=True):
@@ -250,11 +274,13 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
     Numbers whose product is too large, and an already quantized model, are reported.
     """
+    if config.start:
+        config = follow_start(config, artifacts)
     if config.data == "auto" and (stage := tokens_of_model(config, artifacts)) != config.token_stage:
         config = msgspec.structs.replace(config, data=stage)
     if config.method == "qat":
         products.note_training(config, artifacts, config.token_stage, prefetch={})
-        if config.training != "full":
+        if config.training in ("lora", "dora"):
             products.note_adapters(config.lora, artifacts)
     if not config.requantize and artifacts.kind_of_model(config.model or config.input) == "quantized":
         artifacts.note(_already_quantized(config))
@@ -295,6 +321,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         inputs.tokens, folder, dense.config_json, key=f"{task}.data", stage=config.token_stage
     )
     metrics = outputs.metrics[0] if outputs.metrics else None
-    request = table_requests.request_of(config, context, tokens, memory_key=MEMORY_LIMIT_KEY)
+    request = table_requests.request_of(config, context, tokens, start=inputs.start, memory_key=MEMORY_LIMIT_KEY)
     result = job.run_job(request, dense, tokens, outputs=outputs, metrics=metrics, context=context)
     return size_report.report_of(config.method, result, outputs.model.stat().st_size)

@@ -22,15 +22,15 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         tuple[str, ...], Meta(min_length=1, description='patterns of layers within a block, such as "self_attn.*"')
     ] = ("*",)
 
-    def shape(self, method: Literal["full", "lora", "dora"]) -> "AdapterShape | None":
-        """Return the adapters that a training method adds; None if it trains all weights.
+    def shape(self, method: Literal["full", "lora", "dora", "scales"]) -> "AdapterShape | None":
+        """Return the adapters that a training method adds; None if it adds none.
 
         Args:
-            method: "lora" or "dora" for adapters, "full" for all weights.
+            method: "lora" or "dora" for adapters; "full" for all weights, "scales" for those of a quantized model.
         """
         from mlxflow.training.settings import AdapterShape
 
-        return None if method == "full" else AdapterShape(method, **msgspec.structs.asdict(self))
+        return None if method == "full" or method == "scales" else AdapterShape(method, **msgspec.structs.asdict(self))
 
 
 def decide_fuse(fuse: str, *, is_quantized: bool) -> str:

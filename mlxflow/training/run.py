@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow.data.token_file import TokenFile
+from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.device.stop_signals import stop_on_signals
 from mlxflow.distributed.code_digest import code_digest
 from mlxflow.distributed.team import Team, of_this_process
@@ -32,6 +32,7 @@ class RunFiles(NamedTuple):
         checkpoints: a folder of this run only.
         description: everything that determines the run, by dotted key; checkpoints of other runs differ in it.
         replay: the metrics of a run whose batch sizes are replayed; None to adapt them to the memory.
+        rows: to train on instead of all rows of `train`, with the further arrays that the loss takes.
     """
 
     train: Path
@@ -40,6 +41,7 @@ class RunFiles(NamedTuple):
     checkpoints: Path
     description: Mapping[str, Any]
     replay: Path | None = None
+    rows: Rows | None = None
 
 
 def train(
@@ -70,9 +72,11 @@ def train(
     settings, table, team = subject.settings, subject.names.table, of_this_process()
     say = terminal.say if team.rank.is_first else _say_nothing
     tokens, checkpoints = TokenFile.open(files.train), _store(files, settings, team, say)
-    data = build.make_data(
-        tokens.rows, TokenFile.open(files.validation).rows, settings, seed=data_seed, name_rows=tokens.name_rows
-    )
+    own, validation = files.rows, TokenFile.open(files.validation).rows
+    if own is None:
+        data = build.make_data(tokens.rows, validation, settings, seed=data_seed, name_rows=tokens.name_rows)
+    else:
+        data = build.make_data(own, validation, settings, seed=data_seed)
     replay = read_decisions(files.replay, subject.names.of("replay")) if files.replay else ()
     with (
         progress.show_progress(task, num_steps=settings.num_steps, is_silent=not team.rank.is_first) as show,

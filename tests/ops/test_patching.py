@@ -38,7 +38,9 @@ from mlxflow.ops.patching import Replacement, active
 from mlxflow.ops.swiglu_cpu import replaced_swiglu
 from mlxflow.quantization.awq import scale_and_clip
 from mlxflow.quantization.block_calls import record_blocks
+from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.fake_quant import fake_quantized
+from mlxflow.quantization.grid_training import grids_in_training
 from mlxflow.quantization.layer_inputs import input_products
 from mlxflow.quantization.mlx_lm_patches import dense_products, following
 from mlxflow.quantization.outside_layers import round_outside
@@ -69,6 +71,10 @@ def _kernels(model: nn.Module) -> Block:
 def _quantized(model: nn.Module) -> nn.Module:
     nn.quantize(model, group_size=32, bits=4)
     return model
+
+
+def _packed(model: nn.Module) -> dict[str, Packed]:
+    return {path: pack(dict(model.named_modules())[path].weight, setting) for path, setting in _plan(model).items()}
 
 
 def _plan(model: nn.Module) -> dict[str, Setting]:
@@ -139,6 +145,11 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
     (
         "mlxflow.quantization.fake_quant",
         lambda model: fake_quantized(model, _plan(model)),
+        {f"class of {LAYERS}.linear.Linear"},
+    ),
+    (
+        "mlxflow.quantization.grid_training",
+        lambda model: grids_in_training(model, _plan(model), _packed(model), trains_codes=False),
         {f"class of {LAYERS}.linear.Linear"},
     ),
     (

@@ -5,9 +5,13 @@ import pytest
 from mlxflow.quantization import error_compensation
 from mlxflow.quantization.affine_grid import round_on
 from mlxflow.quantization.codec import mlx_grid, round_trip
-from mlxflow.quantization.error_compensation import Compensation
+from mlxflow.quantization.error_compensation import Compensation, Rounding
 from mlxflow.quantization.grids import nearest
 from mlxflow.quantization.settings import Setting
+
+
+def _nearest(bits: int) -> Rounding:
+    return nearest(Setting("affine", bits, 32))
 
 
 def _case(width: int = 128) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +27,7 @@ def test_compensated_weights_lose_less_of_their_products(bits: int) -> None:
     weight, inputs = _case()
     setting = Setting("affine", bits, 32)
     grid = mlx_grid(mx.array(weight), setting)
-    made = Compensation(inputs.T @ inputs).applied(weight, np.array(grid), nearest(Setting("affine", bits, 32)))
+    made = Compensation(inputs.T @ inputs).applied(weight, np.array(grid), nearest=_nearest(bits))
     rounded = np.array(round_on(mx.array(made), setting, grid))
 
     def lost(matrix: np.ndarray) -> float:
@@ -38,7 +42,7 @@ def test_without_correlated_inputs_the_weights_are_unchanged() -> None:
     grid = np.array(mlx_grid(mx.array(weight), setting))
     identity = np.eye(128, dtype=np.float32)
     for inputs in (identity, np.full_like(identity, np.inf), identity * 0):
-        assert np.allclose(Compensation(inputs).applied(weight, grid, nearest(Setting("affine", 3, 32))), weight, atol=1e-5)
+        assert np.allclose(Compensation(inputs).applied(weight, grid, nearest=_nearest(3)), weight, atol=1e-5)
 
 
 def test_experts_and_inputs_without_rank_are_compensated_too() -> None:
@@ -46,9 +50,9 @@ def test_experts_and_inputs_without_rank_are_compensated_too() -> None:
     setting = Setting("affine", 4, 32)
     grid = np.array(mlx_grid(mx.array(weight), setting))
     few = inputs[:5].T @ inputs[:5]
-    made = Compensation(few).applied(weight, grid, nearest(Setting("affine", 4, 32)))
+    made = Compensation(few).applied(weight, grid, nearest=_nearest(4))
     assert np.isfinite(made).all()
-    experts = Compensation(few).applied(weight.reshape(4, 24, 128), grid.reshape(2, 4, 24, 4), nearest(Setting("affine", 4, 32)))
+    experts = Compensation(few).applied(weight.reshape(4, 24, 128), grid.reshape(2, 4, 24, 4), nearest=_nearest(4))
     assert np.array_equal(experts.reshape(96, 128), made)
 
 
@@ -56,6 +60,6 @@ def test_parts_of_the_rows_are_compensated_alike(monkeypatch: pytest.MonkeyPatch
     weight, inputs = _case()
     grid = np.array(mlx_grid(mx.array(weight), Setting("affine", 3, 32)))
     compensation = Compensation(inputs.T @ inputs)
-    whole = compensation.applied(weight, grid, nearest(Setting("affine", 3, 32)))
+    whole = compensation.applied(weight, grid, nearest=_nearest(3))
     monkeypatch.setattr(error_compensation, "_NUMBERS_AT_ONCE", 128 * 40)
-    assert np.allclose(compensation.applied(weight, grid, nearest(Setting("affine", 3, 32))), whole, atol=1e-4)
+    assert np.allclose(compensation.applied(weight, grid, nearest=_nearest(3)), whole, atol=1e-4)

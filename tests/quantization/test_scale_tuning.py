@@ -9,6 +9,7 @@ from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.teacher_logits import cached_teacher
+from tests.quantization.test_teacher_logits import all_rows
 from tests.small_models import llama
 
 TOKENS = np.random.default_rng(0).integers(0, 50, (64, 8))
@@ -32,7 +33,14 @@ def _tuned(folder: Path, mode: str = "affine", num_steps: int = 60) -> tuple[Tun
     for model in (student, rounded):
         apply_plan(model, plan)
         model.eval()
-    teacher = cached_teacher(_model, TOKENS[:48], num_likeliest=16, folder=folder, key="one")
+    teacher = cached_teacher(
+        _model,
+        all_rows(TOKENS[:48]),
+        masks_documents=False,
+        num_likeliest=16,
+        file=folder / "one.safetensors",
+        metadata={},
+    )
     made = tune_scales(
         student, plan, TOKENS[:48], teacher, num_steps=num_steps, batch_size=8, seed=0, watch=lambda *_: None
     )

@@ -10,6 +10,7 @@ from mlxflow.quantization.trained_grid import GridLayer, Trained
 
 FP32 = (mx.float32, mx.float32)
 
+INTEGERS = [Setting("affine", 3, 32), Setting("symmetric", 2, 32)]
 FLOATS = [Setting("mxfp4", 4, 32), Setting("nvfp4", 4, 16), Setting("mxfp8", 8, 32)]
 
 
@@ -23,7 +24,7 @@ def _moved(trained: Trained) -> Trained:
     }
 
 
-@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 2, 32), Setting("affine", 4, 64), *FLOATS])
+@pytest.mark.parametrize("setting", [*INTEGERS, Setting("affine", 4, 64), *FLOATS])
 def test_before_training_the_codes_are_those_of_the_grid(setting: Setting) -> None:
     weight = mx.random.normal((16, 128), key=mx.random.key(0))
     grid = first_grid(weight, setting)
@@ -33,7 +34,7 @@ def test_before_training_the_codes_are_those_of_the_grid(setting: Setting) -> No
     assert mx.allclose(unpack(layer.packed(trained), setting, mx.float32), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 2, 32), *FLOATS])
+@pytest.mark.parametrize("setting", [*INTEGERS, *FLOATS])
 def test_the_packed_weight_is_the_trained_one(setting: Setting) -> None:
     weight = mx.random.normal((16, 128), key=mx.random.key(0))
     grid = first_grid(weight, setting)
@@ -62,7 +63,7 @@ def test_gradients_are_those_of_fixed_codes() -> None:
     assert mx.allclose(gradients["positions"], mx.where(is_on, incoming * layer.scales, 0))
 
 
-@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 2, 32), *FLOATS])
+@pytest.mark.parametrize("setting", [*INTEGERS, *FLOATS])
 def test_training_begins_with_the_codes_of_a_packed_matrix(setting: Setting) -> None:
     weight = mx.random.normal((16, 128), key=mx.random.key(0))
     packed = pack_on(weight, setting, first_grid(weight, setting) * mx.array([0.5, 0.5])[:, None, None])

@@ -93,7 +93,9 @@ def _rows(folder: Path, tokenizer: Path, source: str) -> list[tuple[tuple[int, .
     found = []
     for side in ("train", "validation"):
         rows = TokenFile.open(made / f"{side}.safetensors").rows
-        found += [(tuple(map(int, one)), tuple(map(int, marks))) for one, marks in zip(*rows, strict=True)]
+        found += [
+            (tuple(map(int, one)), tuple(map(int, marks))) for one, marks in zip(rows.tokens, rows.marks, strict=True)
+        ]
     return sorted(found)
 
 

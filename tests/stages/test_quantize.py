@@ -181,8 +181,8 @@ def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest
 )
 def test_qat_of_few_steps_uses_a_lower_learning_rate(table: dict[str, Any], rate: float) -> None:
     written, model = written_settings(Config(method="qat", **table), 64), nn.Linear(4, 4)
-    assert suited(written, model, learning_rate="auto").learning_rate == pytest.approx(rate)
-    assert suited(written, model, learning_rate=0.1).learning_rate == 0.1
+    assert suited(written, model, learning_rate="auto", trains_grids=False).learning_rate == pytest.approx(rate)
+    assert suited(written, model, learning_rate=0.1, trains_grids=False).learning_rate == 0.1
 
 
 def test_an_infinite_qat_loss_names_the_key_of_quantize(job: Job) -> None:
@@ -255,6 +255,192 @@ def test_scales_tuned_after_the_blocks_lose_less_and_variants_share_the_teacher(
     assert len(written) == 1
     job.run(**table | {"bits": 3}, scale_steps=1)
     assert [file.stat().st_ino for file in (job.folder / "artifacts").rglob("*.teacher.safetensors")] == written
+
+
+class Variants:
+    """A folder in which the built models lie, and several variants of the quantize stage."""
+
+    def __init__(self, job: Job) -> None:
+        self.folder = job.folder
+
+    def write(self, **tables: dict[str, Any]) -> None:
+        """Write the workflow with the tables of some variants."""
+        head = TINY.read_text().partition("[[quantize]]")[0]
+        lines = [head.replace("[pretokenize]", '[pretokenize]\nsources = ["notes"]')]
+        for name, table in tables.items():
+            values = [f"{key} = {toml_value(value)}" for key, value in table.items()]
+            lines += ["[[quantize]]", f'name = "{name}"', "max_validation_rows = 64", *values]
+        (self.folder / "workflow.toml").write_text("\n".join(lines) + "\n")
+
+    def run(self, name: str, **tables: dict[str, Any]) -> dict[str, Any]:
+        """Run one of some variants in this process and return its report."""
+        self.write(**tables)
+        workflow = load_workflow(self.folder / "workflow.toml")
+        execute_stage(workflow, workflow.find(f"quantize:{name}"))
+        return read_report(self.folder / "artifacts/quantize" / name / "report.toml")
+
+    def tensors(self, name: str) -> dict[str, mx.array]:
+        """Return what a variant wrote."""
+        return cast(
+            "dict[str, mx.array]", mx.load(str(self.folder / "artifacts/quantize" / name / "model.safetensors"))
+        )
+
+
+@pytest.fixture
+def variants(job: Job) -> Variants:
+    return Variants(job)
+
+
+_BLOCKS = {"method": "block", "bits": 2, "group_size": 32, "block_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("start", "training"),
+    [
+        (_BLOCKS, "scales"),
+        (_BLOCKS, "full"),
+        ({"mode": "nvfp4", "method": "block", "block_steps": 2}, "scales"),
+        ({"mode": "mxfp4"}, "full"),
+        ({"bits": 2, "mode": "symmetric", "method": "awq", "dtype": "bf16"}, "scales"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_qat_starts_from_the_codes_of_another_variant_and_loses_less(
+    variants: Variants, start: dict[str, Any], training: str
+) -> None:
+    after = {"method": "qat", "start": "quantize:a", "training": training, "distill": True, "num_steps": 24}
+    tables = {"a": start, "b": {**after, "batch_size": 8}}
+    begun, report = variants.run("a", **tables), variants.run("b", **tables)
+    assert report["start"] == "quantize:a"
+    assert report["bits_per_weight"] == begun["bits_per_weight"]
+    assert [(one["bits"], one["mode"], one["group_size"]) for one in report["layers"]] == [
+        (one["bits"], one["mode"], one["group_size"]) for one in begun["layers"]
+    ]
+    assert report["quality"]["kl"] < begun["quality"]["kl"]
+    before, trained = variants.tensors("a"), variants.tensors("b")
+    codes = [name for name in trained if trained[name].dtype == mx.uint32]
+    assert codes
+    same = [mx.array_equal(trained[name], before[name]) for name in codes]
+    assert all(same) if training == "scales" else not all(same)
+    assert mx.array_equal(trained["model.norm.weight"], before["model.norm.weight"]) == (training == "scales")
+    load_model(variants.folder / "artifacts/quantize/b", strict=True)
+
+
+def test_the_model_trained_from_codes_is_the_written_model(variants: Variants) -> None:
+    after = {"method": "qat", "start": "quantize:a", "num_steps": 4, "batch_size": 4}
+    tables = {"a": _BLOCKS, "b": after, "c": {**after, "training": "scales"}}
+    variants.run("a", **tables)
+    for name in ("b", "c"):
+        variants.run(name, **tables)
+        folder = variants.folder / "artifacts/quantize" / name
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in lines if line["kind"] == "validation"][-1]
+        rows = TokenFile.open(variants.folder / "artifacts/pretokenize/validation.safetensors").rows.head(64)
+        model = for_evaluation(load(folder)[0])
+        assert measure_perplexity(model, rows, batch_size=4).loss == pytest.approx(last["loss"], rel=1e-6)
+
+
+def test_scales_are_trained_without_a_variant_to_start_from(job: Job) -> None:
+    rounded = job.run(bits=2, group_size=32, max_validation_rows=64)
+    table = {"method": "qat", "training": "scales", "distill": True, "bits": 2, "group_size": 32, "batch_size": 8}
+    report = job.run(**table, num_steps=24, max_validation_rows=64)
+    assert report["quality"]["kl"] < 0.9 * rounded["quality"]["kl"]
+    assert "start" not in report
+
+
+def test_interrupted_training_from_codes_resumes_to_the_same_bytes(
+    variants: Variants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxflow.training import trainer
+
+    after = {"method": "qat", "start": "quantize:a", "distill": True, "num_steps": 6, "batch_size": 4}
+    tables = {"a": _BLOCKS, "b": after}
+    variants.run("a", **tables)
+    variants.run("b", **tables)
+    folder = variants.folder / "artifacts/quantize/b"
+    whole = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    update = trainer.Trainer._after_update
+
+    def stopped(self: Any) -> None:
+        if self._facts.step == 3:
+            raise trainer.Stopped(3, self._save())
+        update(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_after_update", stopped)
+    with pytest.raises(SystemExit):
+        variants.run("b", **tables)
+    monkeypatch.undo()
+    variants.run("b", **tables)
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_variants_share_the_teacher_until_the_model_or_the_text_changes(variants: Variants) -> None:
+    table = {"method": "qat", "distill": True, "num_steps": 2, "batch_size": 4, "bits": 2}
+    tables = {"a": table, "b": {**table, "bits": 3, "training": "scales"}}
+
+    def teachers() -> dict[str, int]:
+        files = (variants.folder / "artifacts").rglob("*.teacher.safetensors")
+        return {file.name: file.stat().st_ino for file in files}
+
+    first = variants.run("a", **tables)["teacher"]
+    found = teachers()
+    assert list(found) == [first["file"]]
+    assert first["tokens"] == 8 * 16
+    assert variants.run("b", **tables)["teacher"] == first
+    assert teachers() == found
+    path = variants.folder / "artifacts/train/model.safetensors"
+    tensors = cast("dict[str, mx.array]", mx.load(str(path)))
+    mx.eval(tensors)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
+    mx.save_safetensors(str(path), tensors, {"format": "mlx"})
+    other = variants.run("a", **tables)["teacher"]["file"]
+    assert other != first["file"]
+    (variants.folder / "notes/more.txt").write_text("another text entirely, and more of it than before\n" * 40)
+    workflow = load_workflow(variants.folder / "workflow.toml")
+    execute_stage(workflow, workflow.find("pretokenize"))
+    assert variants.run("a", **tables)["teacher"]["file"] not in (other, first["file"])
+
+
+@pytest.mark.parametrize(
+    ("start", "table", "line"),
+    [
+        (
+            {"bits": 2},
+            {"bits": 3},
+            "quantize[1].bits = 3: starts from quantize:a, which has 2. Set bits = 2.",
+        ),
+        (
+            {"bits": 2},
+            {"method": "rtn"},
+            'quantize[1].start = "quantize:a": method rtn does not start from codes. Set method = "qat".',
+        ),
+        (
+            {"mode": "mxfp4"},
+            {"training": "scales"},
+            'quantize[1].training = "scales": scales of mxfp4 are powers of two, which are not trained. '
+            'Set training = "full".',
+        ),
+        (
+            {"bits": 2},
+            {"training": "lora"},
+            'quantize[1].training = "lora": adapters start from dense weights. Set training = "full" or "scales", or '
+            "remove start.",
+        ),
+        (
+            {"bits": 2},
+            {"target_bits_per_weight": 3.0},
+            "quantize[1].target_bits_per_weight = 3.0: the bits are those of start. Remove target_bits_per_weight.",
+        ),
+    ],
+)
+def test_keys_that_contradict_the_variant_to_start_from_are_an_error(
+    variants: Variants, start: dict[str, Any], table: dict[str, Any], line: str
+) -> None:
+    variants.write(a=start, b={"method": "qat", "start": "quantize:a", **table})
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(variants.folder / "workflow.toml")
+    assert line in str(caught.value)
 
 
 def test_fewer_calibration_rows_than_requested_are_a_warning(job: Job) -> None:

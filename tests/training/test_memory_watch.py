@@ -30,10 +30,10 @@ def test_a_step_out_of_memory_is_retried_with_fewer_rows() -> None:
     compute = trainer._step.add
     failed: list[int] = []
 
-    def add(tokens: mx.array, marks: mx.array, so_far: Any) -> Any:
-        gradients = compute(tokens, marks, so_far)
+    def add(so_far: Any, *batch: mx.array) -> Any:
+        gradients = compute(so_far, *batch)
         if not failed and trainer._facts.step == 1 and so_far is not None:  # in the middle of an update
-            failed.append(len(tokens))
+            failed.append(len(batch[0]))
             raise RuntimeError("[malloc] Unable to allocate 12345 bytes.")
         return gradients
 

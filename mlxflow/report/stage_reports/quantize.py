@@ -90,6 +90,22 @@ class TuningFigures(ReportTable, frozen=True, kw_only=True):
     last_loss: float
 
 
+class TeacherFigures(ReportTable, frozen=True, kw_only=True):
+    """The cached distributions of the dense model that a method distilled.
+
+    Attributes:
+        file: name in the cache, which identifies the model's content and the text.
+        tokens: positions of the text.
+        likeliest: tokens listed for each.
+        probability: of the listed tokens together, mean over the positions.
+    """
+
+    file: str
+    tokens: Count
+    likeliest: Count
+    probability: Share
+
+
 class QuantizeReport(StageReport, frozen=True, kw_only=True):
     """The figures of a quantize stage.
 
@@ -113,6 +129,8 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
         training: of quantization-aware training; None without it.
         blocks: of the method "block"; empty for others.
         tuning: of all scales after the blocks; None without.
+        teacher: distributions of the dense model that were distilled; None without, or if they were not cached.
+        start: the variant whose codes and grids training began with; None without.
         calibration_text: the rows that the method learned; None if it learned none.
         quality: None without tokens.
         warnings: about figures that flatter the method.
@@ -138,6 +156,8 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
     training: TrainingFigures | None = None
     blocks: tuple[BlockFigures, ...] = ()
     tuning: TuningFigures | None = None
+    teacher: TeacherFigures | None = None
+    start: str | None = None
     calibration_text: str | None = None
     quality: QualityFigures | None = None
     warnings: tuple[str, ...] = ()

@@ -1,0 +1,110 @@
+"""Rows for training with the dense model's cached distributions, and the loss of a model on them."""
+
+import hashlib
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.device import compute_device
+from mlxflow.messages import terminal
+from mlxflow.ops import document_mask
+from mlxflow.quantization import teacher_logits
+from mlxflow.quantization.dense_model import DenseModel, identity_of
+from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_losses
+from mlxflow.storage.digests import digest_json
+from mlxflow.storage.run_context import Context, derive_seed
+from mlxflow.training.objective import Objective
+
+#: The folder of the dense model's distributions in the state folder.
+FOLDER = "teachers"
+
+# Tokens stored for a position, and the largest file that is stored: above it the dense model runs in every step
+_LIKELIEST, _MOST_BYTES = 64, 8 << 30
+
+
+class TaughtRows(NamedTuple):
+    """Rows to train on, with the distributions that the loss takes, and the cached file of these."""
+
+    rows: Rows
+    teacher: TeacherLogits
+
+
+def teacher_of(dense: DenseModel, rows: Rows, *, masks_documents: bool, context: Context) -> TeacherLogits:
+    """Return the dense model's distributions on some rows, computed unless another variant has done so.
+
+    The file is found by the content of the model and the rows, whichever variant or method asks.
+
+    Args:
+        dense: the model.
+        rows: of tokens.
+        masks_documents: no token attends to another document in its row.
+        context: of the stage.
+    """
+    text = hashlib.sha256(np.ascontiguousarray(rows.tokens).tobytes())
+    text.update(np.ascontiguousarray(rows.marks).tobytes())
+    key = {
+        "model": identity_of(dense.folder, context),
+        "rows": [list(rows.tokens.shape), text.hexdigest()],
+        "masks": masks_documents,
+        "likeliest": _LIKELIEST,
+        "device": [context.device, compute_device.name()],
+        "versions": [context.provenance["mlx"], context.provenance["mlxflow"]],
+    }
+    file = teacher_logits.teacher_file(context.state / FOLDER, digest_json(key))
+    if not file.is_file():
+        terminal.say(f"{context.task}: computing the dense model's distributions, once for all variants")
+    metadata = {"format": "mlx", **{f"teacher.{name}": str(value) for name, value in key.items() if name != "rows"}}
+    return teacher_logits.cached_teacher(
+        dense.reopened,
+        rows,
+        masks_documents=masks_documents,
+        num_likeliest=_LIKELIEST,
+        file=file,
+        metadata=metadata | {"teacher.text": text.hexdigest()},
+    )
+
+
+def taught_rows(
+    dense: DenseModel, tokens: TokenFile, *, num_rows: int, masks_documents: bool, context: Context
+) -> TaughtRows | None:
+    """Return rows to train on with cached distributions; None if these are too large to be stored.
+
+    Args:
+        dense: the teacher.
+        tokens: to train on.
+        num_rows: that the training reads; if there are more, as many are chosen by the seed.
+        masks_documents: no token attends to another document in its row.
+        context: of the stage.
+    """
+    count = min(num_rows, tokens.rows.num_rows)
+    size = teacher_logits.teacher_bytes(
+        count * tokens.context_length, num_likeliest=_LIKELIEST, vocab_size=tokens.vocab_size
+    )
+    if size > _MOST_BYTES:
+        terminal.say(f"{context.task}: the dense model runs in every step; its distributions are {size / 1e9:.0f} GB")
+        return None
+    rows = tokens.rows
+    if count < rows.num_rows:
+        random = np.random.default_rng(derive_seed(context.seed, "quantize.distillation"))
+        batch = rows.take(np.sort(random.permutation(rows.num_rows)[:count]))
+        rows = Rows(batch.tokens, batch.marks)
+    teacher = teacher_of(dense, rows, masks_documents=masks_documents, context=context)
+    return TaughtRows(rows._replace(extras=teacher.arrays), teacher)
+
+
+def distilling_objective(*, masks_documents: bool) -> Objective:
+    """Return the objective of `taught_rows`: the divergence from the teacher at the target positions.
+
+    Args:
+        masks_documents: no token attends to another document in its row.
+    """
+
+    def objective(model: nn.Module, tokens: mx.array, marks: mx.array, *teacher: mx.array) -> tuple[mx.array, mx.array]:
+        weights = (marks[:, 1:] & 1).astype(mx.float32)
+        logits = document_mask.apply(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
+        return (distillation_losses(logits, *teacher) * weights).sum(), weights.sum()
+
+    return objective
