@@ -11,8 +11,8 @@ from mlxflow.quantization.grids import first_grid, pack_on
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import Setting
 from mlxflow.training.objective import plain_objective
-from mlxflow.training.optimizers import Update
 from mlxflow.training.step import Step
+from mlxflow.training.update import Update
 from tests.small_models import llama
 
 SETTINGS = [
