@@ -139,12 +139,7 @@ def train_rounded(
     )
     rows = tokens.train.full_rows(settings.batch_size, names.of("batch_size"), sources=names.sources)
     taught = _taught_rows(request, dense, settings, tokens.train, context)
-    teacher = _open_teacher(dense.folder) if request.distills and taught is None else None
-    if settings.adapter_shape is not None:
-        adapters.add_adapters(
-            model, settings.adapter_shape, seed=derive_seed(context.seed, "train.model"), key=names.of("lora.keys")
-        )
-    model.train()
+    _begin(model, settings, names, context)
     kernel_request = kernel_selection.KernelRequest.of(request.kernels, context)
     with (
         kernel_selection.begin_verification(kernel_request) as ahead,
@@ -152,20 +147,22 @@ def train_rounded(
     ):
         mx.eval(model.parameters())
         subject = _subject(model, settings, tokens.train, request, names)
-        subject = _with_teacher(subject, teacher, taught)
+        if request.distills:
+            subject = _with_teacher(subject, taught, dense.folder)
         rows = rows if taught is None else taught.rows
         kernels = kernel_selection.select_kernels(kernel_request, subject, rows.head(settings.batch_size), ahead)
+        files = run.RunFiles(
+            train=tokens.train.path,
+            validation=tokens.validation.path,
+            metrics=metrics,
+            checkpoints=context.unfinished,
+            description=request.description,
+            rows=None if taught is None else taught.rows,
+        )
         result = run.train(
             subject._replace(settings=subject.settings.replace(kernels=tuple(kernels.selected))),
             kernels,
-            run.RunFiles(
-                train=tokens.train.path,
-                validation=tokens.validation.path,
-                metrics=metrics,
-                checkpoints=context.unfinished,
-                description=request.description,
-                rows=None if taught is None else taught.rows,
-            ),
+            files,
             task=context.task,
             data_seed=derive_seed(context.seed, "train.batches"),
             memory_limit_bytes=context.memory_limit_bytes,
@@ -176,6 +173,14 @@ def train_rounded(
     figures = TrainingFigures.of(result, num_rows=rows.num_rows, keeps_best=False)
     facts = None if taught is None else taught.teacher.figures()
     return RoundedTraining(packed, kernels.selected, figures, facts, TrainingRun.of(result, kernels))
+
+
+def _begin(model: nn.Module, settings: TrainingSettings, names: SettingNames, context: Context) -> None:
+    """Add adapters to a model, if there are to be any, and set it to training mode."""
+    if settings.adapter_shape is not None:
+        seed = derive_seed(context.seed, "train.model")
+        adapters.add_adapters(model, settings.adapter_shape, seed=seed, key=names.of("lora.keys"))
+    model.train()
 
 
 @contextmanager
@@ -239,13 +244,11 @@ def _subject(
     return build.Subject(model, settings, vocab_size, length, names)
 
 
-def _with_teacher(subject: build.Subject, teacher: nn.Module | None, taught: TaughtRows | None) -> build.Subject:
-    """Return a subject with the loss of distillation, from a model or from cached distributions; itself without."""
+def _with_teacher(subject: build.Subject, taught: TaughtRows | None, dense: Path) -> build.Subject:
+    """Return a subject with the loss of distillation, from cached distributions or else from the dense model."""
     masks = subject.settings.masks_documents
     if taught is not None:
         listed = distilling_objective(masks_documents=masks)
         return subject._replace(make_objective=lambda uses_kernel: listed)
-    if teacher is None:
-        return subject
-    whole = objective.distilling_objective(teacher, masks_documents=masks)
+    whole = objective.distilling_objective(_open_teacher(dense), masks_documents=masks)
     return subject._replace(make_objective=lambda uses_kernel: whole)
