@@ -151,14 +151,7 @@ def train_rounded(
             subject = _with_teacher(subject, taught, dense.folder)
         rows = rows if taught is None else taught.rows
         kernels = kernel_selection.select_kernels(kernel_request, subject, rows.head(settings.batch_size), ahead)
-        files = run.RunFiles(
-            train=tokens.train.path,
-            validation=tokens.validation.path,
-            metrics=metrics,
-            checkpoints=context.unfinished,
-            description=request.description,
-            rows=None if taught is None else taught.rows,
-        )
+        files = _run_files(request, tokens, taught, metrics, context)
         result = run.train(
             subject._replace(settings=subject.settings.replace(kernels=tuple(kernels.selected))),
             kernels,
@@ -173,6 +166,19 @@ def train_rounded(
     figures = TrainingFigures.of(result, num_rows=rows.num_rows, keeps_best=False)
     facts = None if taught is None else taught.teacher.figures()
     return RoundedTraining(packed, kernels.selected, figures, facts, TrainingRun.of(result, kernels))
+
+
+def _run_files(
+    request: AwareTraining, tokens: TokenPair, taught: TaughtRows | None, metrics: Path, context: Context
+) -> run.RunFiles:
+    return run.RunFiles(
+        train=tokens.train.path,
+        validation=tokens.validation.path,
+        metrics=metrics,
+        checkpoints=context.unfinished,
+        description=request.description,
+        rows=None if taught is None else taught.rows,
+    )
 
 
 def _begin(model: nn.Module, settings: TrainingSettings, names: SettingNames, context: Context) -> None:
