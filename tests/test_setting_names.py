@@ -17,7 +17,9 @@ PACKAGES = (
     *("profiling", "quantization", "report", "stages", "storage", "training"),
 )
 
-_KEY = re.compile(r"(?<![\w./])\[?(?:pretokenize|train|quantize|profile|benchmark|workflow)\.(?P<name>[a-z_]\w*)")
+_KEY = re.compile(
+    r"(?<![\w./])\[?(?:pretokenize|train|quantize|evaluate|profile|benchmark|workflow)\.(?P<name>[a-z_]\w*)"
+)
 
 #: Endings of file names, such as workflow.toml.
 _ENDINGS = ("toml", "md", "html", "log", "py", "safetensors")

@@ -1,4 +1,4 @@
-"""The reports of train, export, profile, benchmark and report stages as text for a terminal."""
+"""The reports of train, export, evaluate, profile, benchmark and report stages as text for a terminal."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ from mlxflow.messages.markdown_tables import table_of
 from mlxflow.report.formatting import show, show_bytes, show_seconds
 from mlxflow.report.load_run import read_curve
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
+from mlxflow.report.stage_reports.evaluate import EvaluateReport
 from mlxflow.report.stage_reports.export import ExportReport
 from mlxflow.report.stage_reports.profile import ProfileReport
 from mlxflow.report.stage_reports.report import PageReport
@@ -23,6 +24,7 @@ _MOST_POINTS = 20
 FORMS: dict[str, type[StageReport]] = {
     "train": TrainReport,
     "export": ExportReport,
+    "evaluate": EvaluateReport,
     "profile": ProfileReport,
     "benchmark": BenchmarkReport,
     "report": PageReport,
@@ -42,6 +44,8 @@ def text_of(report: StageReport, folder: Path, task: str) -> str:
             return "\n".join(_training(report, folder, task)) + "\n"
         case ExportReport():
             return "\n".join(_export(report, folder, task)) + "\n"
+        case EvaluateReport():
+            return "\n".join(_evaluation(report, task)) + "\n"
         case ProfileReport():
             return "\n".join(_profile(report, task)) + "\n"
         case BenchmarkReport():
@@ -110,6 +114,38 @@ def _export(report: ExportReport, folder: Path, task: str) -> Iterator[str]:
             f"{len(report.requantized)} quantized tensors were encoded again, which adds an error of at most "
             f"{report.largest_relative_error:.3g} of a tensor's norm"
         )
+
+
+def _evaluation(report: EvaluateReport, task: str) -> Iterator[str]:
+    rows = [
+        (
+            one.task,
+            one.model,
+            one.kind,
+            f"{one.accuracy:.4g} +- {one.standard_error:.2g}",
+            f"{one.items:,}",
+            f"{one.truncated:,}",
+            ", ".join(f"{name} {value:.4g}" for name, value in one.metrics.items()),
+        )
+        for one in report.accuracies
+    ]
+    yield table_of(("task", "model", "kind", "accuracy", "items", "truncated prompts", "other figures"), rows)
+    interval = f"{report.confidence:.0%} interval"
+    compared = [
+        (
+            one.task,
+            f"{one.model} - {one.reference}",
+            f"{one.difference:+.4g}",
+            f"{one.low:+.4g} to {one.high:+.4g}",
+            f"{one.better:,}",
+            f"{one.worse:,}",
+            one.verdict,
+        )
+        for one in report.differences
+    ]
+    if compared:
+        yield table_of(("task", "models", "difference", interval, "better items", "worse", "verdict"), compared)
+    yield f"{task}: {len(rows)} results, {report.run.known} of them known from an earlier run"
 
 
 def _profile(report: ProfileReport, task: str) -> Iterator[str]:

@@ -109,6 +109,11 @@ class Writer:
         self._ends = set(config_json.end_of_text(config)) | ({end} if end is not None else set())
 
     @property
+    def model(self) -> Any:
+        """The model, in eval mode."""
+        return self._model
+
+    @property
     def has_template(self) -> bool:
         """Whether there is a chat template."""
         return self._template is not None

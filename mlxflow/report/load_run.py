@@ -14,6 +14,7 @@ from mlxflow.messages.errors import ArtifactError
 from mlxflow.report import model_folder
 from mlxflow.report.model_folder import ModelFolderFacts
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
+from mlxflow.report.stage_reports.evaluate import EvaluateReport
 from mlxflow.report.stage_reports.export import ExportReport
 from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.report.stage_reports.profile import ProfileReport
@@ -32,6 +33,7 @@ _FORMS: dict[str, type[StageReport]] = {
     "train": TrainReport,
     "quantize": QuantizeReport,
     "export": ExportReport,
+    "evaluate": EvaluateReport,
     "profile": ProfileReport,
     "benchmark": BenchmarkReport,
 }

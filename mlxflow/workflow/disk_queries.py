@@ -108,6 +108,16 @@ class Disk:
         return os.path.isfile(os.path.join(self.root, name))  # noqa: PTH113, PTH118 - asked at every no-op
 
     @_question
+    def stamp(self, name: str) -> list[int]:
+        """Return size, times and inode of a file: what was found in it holds until they change.
+
+        Raises:
+            OSError: it is missing.
+        """
+        status = os.stat(os.path.join(self.root, name))  # noqa: PTH116, PTH118 - asked at every no-op
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+    @_question
     def is_dir(self, name: str) -> bool:
         """Return whether there is a folder of this name."""
         return os.path.isdir(os.path.join(self.root, name))  # noqa: PTH112, PTH118 - asked at every no-op

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Literal
 
@@ -181,6 +181,16 @@ class References(StageReferences):
             if not self._disk.is_file(place):
                 self._note_missing(key, name, "names no file", "Name one, relative to the workflow file.")
         return tuple(Path(place) for place in places.values())
+
+    def checked_file(self, name: str, key: str, mistakes: Callable[[Path, str], Iterable[str]]) -> Path | None:
+        """Return a file whose mistakes, if it has some, are reported in its own name and not in the table's."""
+        place = self._expand(name)
+        try:
+            if self._disk.is_file(place) and self._disk.stamp(place):
+                self._lines += mistakes(self._disk.root / place, name)
+        except OSError as error:
+            self._note_unreadable(key, name, error, "Name a file that can be read.")
+        return next(iter(self.files((name,), key)), None)
 
     def tokenizer(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
         """Return the tokenizer files of a folder."""

@@ -21,7 +21,7 @@ from mlxflow.workflow.stage import Artifacts, StageModule
 from mlxflow.workflow.stage_references import CycleError, Known, ReferenceRecorder, ordered, upstream
 
 #: Every stage, in the order of `doit list`. To add one, add a file to `stages/` and its name here.
-STAGES = ("pretokenize", "train", "quantize", "export", "profile", "benchmark", "report")
+STAGES = ("pretokenize", "train", "quantize", "export", "evaluate", "profile", "benchmark", "report")
 
 #: The most files that all stages may read together; a file counts once for each stage that reads it.
 _MAX_FILES = 100_000

@@ -33,7 +33,7 @@ It may have eleven more:
 All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -108,6 +108,16 @@ class Artifacts(Protocol):
 
     def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
         """Return single files; a missing one is noted as a problem."""
+        ...
+
+    def checked_file(self, name: str, key: str, mistakes: Callable[[Path, str], Iterable[str]]) -> Path | None:
+        """Return a file that is looked into while the workflow is resolved, and again whenever it changes.
+
+        Args:
+            name: as written.
+            key: of the stage's table; a missing file is noted as its problem.
+            mistakes: takes the file's path and name, and yields finished lines about what is wrong in it.
+        """
         ...
 
     def tokenizer(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:

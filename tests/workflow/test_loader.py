@@ -24,7 +24,7 @@ def mistakes(folder: Path, text: str) -> list[str]:
 def test_an_empty_file_is_a_complete_workflow(folder: Path) -> None:
     (folder / "workflow.toml").write_text("")
     workflow = load_workflow(Path("workflow.toml"))
-    expected = [name for name in STAGES if name != "export"]  # a file for another program is asked for
+    expected = [name for name in STAGES if name not in ("export", "evaluate")]  # these are asked for
     assert [stage.task for stage in workflow.stages] == expected
 
 
@@ -53,7 +53,7 @@ LONG = 300 * "a"
 ONE_MISTAKE = {
     "[tarin]\nnum_steps = 1": "workflow.toml: tarin: unknown key. Did you mean train?",
     "colour = 1": "workflow.toml: colour: unknown key. "
-    "Known here: benchmark, export, pretokenize, profile, quantize, report, train, workflow.",
+    "Known here: benchmark, evaluate, export, pretokenize, profile, quantize, report, train, workflow.",
     "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
     "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: adjust_every, batch_size, betas, "
     "checkpointing, constant_tokens_per_step, decay_steps, deterministic, document_mask, dynamic_batch_size, "
@@ -111,7 +111,7 @@ ONE_MISTAKE = {
     '[benchmark]\nmodels = ["quantize:q9"]': 'workflow.toml: benchmark.models = "quantize:q9": '
     "no stage before this one makes it. Known: train, quantize.",
     '[benchmark]\nmodels = ["quantise:*"]': 'workflow.toml: benchmark.models = "quantise:*": '
-    "no stage before this one makes it. Known: pretokenize, train, quantize, export, profile.",
+    "no stage before this one makes it. Known: pretokenize, train, quantize, export, evaluate, profile.",
     "[benchmark]\nbatch_sizes = [16, 0]": "workflow.toml: benchmark.batch_sizes = [16, 0]: "
     "expected a list of at least 1, each a whole number from 1 to 1_048_576. "
     "Use benchmark.batch_sizes = [16, 32, 64] (the default) or remove the key.",
@@ -348,7 +348,7 @@ def test_a_stage_that_is_not_built_is_an_error_that_says_how_to_build_it(folder:
 def test_a_mistyped_name_of_a_stage_to_build_is_an_error(folder: Path) -> None:
     assert mistakes(folder, '[workflow]\nstages = ["train", "profil"]') == [
         'workflow.toml: workflow.stages[1] = "profil": no such stage. '
-        "Known: pretokenize, train, quantize, export, profile, benchmark, report."
+        "Known: pretokenize, train, quantize, export, evaluate, profile, benchmark, report."
     ]
 
 

@@ -59,7 +59,9 @@ def test_every_key_has_a_default_and_help(name: str) -> None:
 def test_inputs_are_relative_to_the_workflow(name: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a note")
     path = tmp_path / "workflow.toml"
-    path.write_text('[pretokenize]\nsources = ["notes.txt"]\n[quantize]\n[export]\n[profile]\n[benchmark]\n[report]')
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    tables = "[quantize]\n[export]\n[profile]\n[benchmark]\n[report]\n[evaluate]\ntasks = ['q.jsonl']"
+    path.write_text(f'[pretokenize]\nsources = ["notes.txt"]\n{tables}')
     one = load_workflow(path).find(name)
     assert one.input_files
     assert not any(file.is_absolute() for file in one.input_files)

@@ -24,6 +24,7 @@ _ABOUT = {
     "[training](../../explanations/training.md).",
     "quantize": "Quantizes the trained model, or any model folder. Guide: [quantizing](../../guides/quantizing.md).",
     "export": "Writes a model in the format of another program. Guide: [other programs](../../guides/exporting.md).",
+    "evaluate": "Measures the accuracy of models on tasks. Guide: [evaluating](../../guides/evaluating.md).",
     "profile": "Runs a few training steps and reports their memory. Guide: [memory](../../guides/memory.md).",
     "benchmark": "Times training and generation and measures quality. Guide: [benchmarks](../../guides/benchmarks.md).",
     "report": "Writes the HTML page of the whole run.",
