@@ -219,7 +219,8 @@ class _Watch:
         self._drain()
         causes = sorted(failed, key=_order_of_blame)
         is_consequence = _order_of_blame(causes[0]) >= _CONSEQUENCE
-        if is_consequence and time.monotonic() < self._failed_since + _CAUSE_SECONDS:
+        may_follow = len(ended) < len(self._ranks)
+        if is_consequence and may_follow and time.monotonic() < self._failed_since + _CAUSE_SECONDS:
             return None
         return _cause_of(causes[0], has_trained=any(rank.beat.step >= 0 for rank in self._ranks))
 

@@ -119,6 +119,12 @@ def test_a_rank_that_ends_before_its_training_is_over_has_failed(run: Run) -> No
         run("0 sleep 60; 1 beat 2 update")
 
 
+@pytest.mark.parametrize("code", [0, 2])
+def test_ranks_that_end_at_once_and_say_nothing_have_failed(run: Run, code: int) -> None:
+    with pytest.raises(StageError, match=rf"^train: rank \d ended with exit code {code} before the training \(start\)"):
+        run(f"all exit {code}")
+
+
 def test_a_silent_rank_is_ended_after_the_timeout_and_named_with_what_the_others_waited_in(run: Run) -> None:
     with pytest.raises(StageError) as caught:
         run(
