@@ -212,11 +212,12 @@ class _Watch:
 
     def _failed(self, ended: list[RunningRank]) -> Cause | None:
         """Return why the first rank failed; None while none has, or while its own cause may still become known."""
-        failed = [rank for rank in ended if rank.exit_code or not rank.beat.is_done]
-        if not failed:
+        if not _failed_ones(ended):
+            return None
+        self._drain()  # an ended rank may have sent that it was done
+        if not (failed := _failed_ones(ended)):
             return None
         self._failed_since = self._failed_since or time.monotonic()
-        self._drain()
         causes = sorted(failed, key=_order_of_blame)
         is_consequence = _order_of_blame(causes[0]) >= _CONSEQUENCE
         may_follow = len(ended) < len(self._ranks)
@@ -280,6 +281,10 @@ class _Watch:
 
 # From this place on in the order of blame, the end of a rank may be a consequence of another one's
 _CONSEQUENCE = 3
+
+
+def _failed_ones(ended: list[RunningRank]) -> list[RunningRank]:
+    return [rank for rank in ended if rank.exit_code or not rank.beat.is_done]
 
 
 def _order_of_blame(rank: RunningRank) -> int:

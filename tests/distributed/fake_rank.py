@@ -21,9 +21,10 @@ def end(number: int, frame: object) -> None:
 
 
 signal.signal(signal.SIGTERM, end)
+is_again = False
 for line in script:
     number, _, action = line.strip().partition(" ")
-    if number not in ("all", str(rank.number)):
+    if number not in ("all", str(rank.number)) or (is_again and number != "all"):
         continue
     verb, _, rest = action.partition(" ")
     if verb == "beat":
@@ -44,11 +45,11 @@ for line in script:
         sys.exit(int(rest))
     elif verb == "sleep":
         time.sleep(float(rest))
-    elif verb == "once":  # what follows is done in the first start only
+    elif verb == "once":  # what follows for this rank alone is done in the first start only
         try:
             Path(rest).touch(exist_ok=False)
         except FileExistsError:
-            break
+            is_again = True
     elif verb == "touch":
         Path(rest).touch()
     elif verb == "until":  # another rank has touched a file
