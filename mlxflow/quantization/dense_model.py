@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import gguf_reading, model_folder, quantized_layers, tokenizer_files
+from mlxflow.quantization.rotations import Rotation
 from mlxflow.storage import config_json, model_files
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.tensor_reading import StoredRows
@@ -23,6 +24,7 @@ class DenseModel(NamedTuple):
         config_json: its `config.json`.
         stored: matrices that can be read from the files row by row, by the model's names.
         dtype: as requested for its weights; see `open_dense`.
+        rotation: of the model, whose outputs it does not change; None without.
     """
 
     folder: Path
@@ -30,11 +32,20 @@ class DenseModel(NamedTuple):
     config_json: dict[str, Any]
     stored: dict[str, StoredRows]
     dtype: str
+    rotation: Rotation | None = None
 
     def reopened(self) -> nn.Module:
         """Return the model once more, with lazy weights that can be freed one by one."""
         model = quantized_layers.made_dense(*model_folder.load(self.folder, lazy=True))
-        return model_folder.cast(*model, self.dtype)[0]
+        opened = model_folder.cast(*model, self.dtype)[0]
+        if self.rotation is not None:
+            self.rotation.apply(opened)
+        return opened
+
+    def rotated(self, rotation: Rotation) -> "DenseModel":
+        """Return the model with a rotation; its weights are no longer those of the files."""
+        changed = self._replace(rotation=rotation, stored={})
+        return changed._replace(model=changed.reopened())
 
 
 def identity_of(folder: Path, context: Context) -> dict[str, str]:

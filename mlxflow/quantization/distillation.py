@@ -58,7 +58,7 @@ def teacher_of(dense: DenseModel, rows: Rows, *, masks_documents: bool, context:
         terminal.say(f"{context.task}: computing the dense model's distributions, once for all variants")
     metadata = {"format": "mlx", **{f"teacher.{name}": str(value) for name, value in key.items() if name != "rows"}}
     return teacher_logits.cached_teacher(
-        dense.reopened,
+        dense._replace(rotation=None).reopened,
         rows,
         masks_documents=masks_documents,
         num_likeliest=_LIKELIEST,

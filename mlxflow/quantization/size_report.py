@@ -39,6 +39,7 @@ def report_of(method: str, result: QuantizationResult, file_bytes: int) -> Quant
             for one in result.blocks
         ),
         tuning=tuned and TuningFigures(steps=tuned.num_steps, first_loss=tuned.first_loss, last_loss=tuned.last_loss),
+        rotation=result.rotation,
         teacher=result.teacher,
         start=result.start,
         calibration_text=None if result.texts is None else result.texts.calibration,

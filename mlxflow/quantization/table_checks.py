@@ -71,9 +71,13 @@ def _start_problems(config: Any) -> Iterator[Problem]:
     if config.training in ("lora", "dora"):
         advice = 'Set training = "full" or "scales", or remove start.'
         yield Problem("training", config.training, "adapters start from dense weights", advice)
-    for key in ("target_bits_per_weight", "target_size"):
+    for key, expected in (
+        ("target_bits_per_weight", "the bits are those of start"),
+        ("target_size", "the bits are those of start"),
+        ("rotations", "the weights are those of start"),
+    ):
         if getattr(config, key):
-            yield Problem(key, getattr(config, key), "the bits are those of start", f"Remove {key}.")
+            yield Problem(key, getattr(config, key), expected, f"Remove {key}.")
 
 
 def _untrained_scales(training: str, mode: str) -> Problem | None:

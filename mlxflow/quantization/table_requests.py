@@ -10,8 +10,8 @@ from mlxflow.device.compute_device import parse_size
 from mlxflow.quantization.aware_training import AwareTraining
 from mlxflow.quantization.bit_allocation import BudgetRequest
 from mlxflow.quantization.dense_model import TokenPair
-from mlxflow.quantization.job import QuantizationRequest, StartRequest
 from mlxflow.quantization.quality import QualityLimits
+from mlxflow.quantization.quantization_request import QuantizationRequest, StartRequest
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.toml_tables import toml_value
 from mlxflow.training import length
@@ -55,6 +55,7 @@ def request_of(
         _start_request(config, context, start),
         config.block_steps,
         config.scale_steps,
+        config.rotations,
     )
 
 

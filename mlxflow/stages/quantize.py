@@ -101,6 +101,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = 0
 
+    rotations: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="Hadamard rotations to try, folded into the weights; the best is kept if the rounded model "
+            "diverges less with it; 0: none",
+        ),
+    ] = 0
+
     num_steps: Annotated[
         Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_STEPS)],
         Meta(description="of qat: optimizer updates; auto: 36, or as many as num_epochs takes"),
@@ -206,6 +216,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "target_bits_per_weight": bool(self.target_bits_per_weight),
             "target_size": bool(self.target_size),
             "max_perplexity_increase": bool(self.max_perplexity_increase),
+            "rotations": bool(self.rotations),
             "max_kl": bool(self.max_kl),
         }
         return dict.fromkeys(key for key, is_asked in uses.items() if is_asked)

@@ -90,6 +90,31 @@ class TuningFigures(ReportTable, frozen=True, kw_only=True):
     last_loss: float
 
 
+class RotationFigures(ReportTable, frozen=True, kw_only=True):
+    """Rotations that were tried.
+
+    Attributes:
+        is_kept: whether the model is rotated.
+        parts: that the architecture allows: "R1" of the residual stream, "R2" of the values of each head.
+        left_out: the other part, and why.
+        seed: of the best one.
+        logits_difference: of the rotated from the dense model in fp32, by the largest logit if that is over 1.
+        divergence: of the rounded model from the dense one with the best rotation, in nats per token, on calibration
+            rows.
+        divergence_without: the same without a rotation.
+        divergences: the same with each rotation that was tried.
+    """
+
+    is_kept: bool
+    parts: tuple[str, ...]
+    left_out: str
+    seed: Count
+    logits_difference: float
+    divergence: float
+    divergence_without: float
+    divergences: tuple[float, ...]
+
+
 class TeacherFigures(ReportTable, frozen=True, kw_only=True):
     """The cached distributions of the dense model that a method distilled.
 
@@ -129,6 +154,7 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
         training: of quantization-aware training; None without it.
         blocks: of the method "block"; empty for others.
         tuning: of all scales after the blocks; None without.
+        rotation: that was tried; None without.
         teacher: distributions of the dense model that were distilled; None without, or if they were not cached.
         start: the variant whose codes and grids training began with; None without.
         calibration_text: the rows that the method learned; None if it learned none.
@@ -156,6 +182,7 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
     training: TrainingFigures | None = None
     blocks: tuple[BlockFigures, ...] = ()
     tuning: TuningFigures | None = None
+    rotation: RotationFigures | None = None
     teacher: TeacherFigures | None = None
     start: str | None = None
     calibration_text: str | None = None
