@@ -53,7 +53,7 @@ class Rotation(NamedTuple):
 
 
 class Obstacles(NamedTuple):
-    """Why a model cannot be rotated, in words; empty where it can.
+    """Why a model cannot be rotated, in words; empty if it can.
 
     Attributes:
         residual: of R1.
