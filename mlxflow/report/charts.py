@@ -1,4 +1,4 @@
-"""Charts as inline SVG: bars with intervals, stacked shares, spans of lengths; and the styles of all plots.
+"""Charts as inline SVG: bars with intervals, stacked shares, spans of lengths, differences; the styles of all plots.
 
 Only the data area is stretched to the width of the page: a plot is an SVG of 1,000 units without a fixed aspect
 ratio, and axes and text are HTML beside it, so text keeps its size on a phone, on a wide screen and on paper.
@@ -143,6 +143,52 @@ def spans(rows: Sequence[Spread], *, label: str, marker: float | None, marker_na
         ]
     words = [
         tag("text", {"x": place(tick), "y": 14, "text-anchor": anchor_of(across(tick))}, _tick_word(tick))
+        for tick in across.ticks(5)
+    ]
+    axis = tag("svg", {"class": "x", "aria-hidden": "true", "height": 20}, *words)
+    drawn += [tag("div", {"class": "gap"}), axis, tag("div", {"class": "gap"})]
+    return tag("div", {"class": "bars", "role": "img", "aria-label": label}, *drawn)
+
+
+class DifferenceBar(NamedTuple):
+    """A difference with its interval, and a CSS class."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    style: str = "c0"
+
+
+def differences(rows: Sequence[DifferenceBar], *, label: str) -> Markup:
+    """Return differences of shares, in percent points, as strokes on their intervals, with a line at zero."""
+    across = svg.scale_of([end for row in rows for end in (row.low, row.high, 0.0)])
+
+    def place(value: float) -> str:
+        return f"{svg.trim(100 * across(value))}%"
+
+    drawn = []
+    for row in rows:
+        shown = f"{100 * row.value:+.1f} ({100 * row.low:+.1f} to {100 * row.high:+.1f})"
+        width = f"{svg.trim(100 * (across(row.high) - across(row.low)))}%"
+        shape = [
+            tag(
+                "rect", {"class": f"bar {row.style}", "x": place(row.low), "width": width, "y": 7, "height": 8, "rx": 2}
+            ),
+            tag("line", {"class": "median", "x1": place(row.value), "x2": place(row.value), "y1": 3, "y2": 19}),
+            tag("line", {"class": "marker", "x1": place(0.0), "x2": place(0.0), "y1": 0, "y2": 22}),
+        ]
+        drawn += [
+            tag("div", {"class": "bar-name"}, tag("bdi", {}, row.name)),
+            tag("svg", {"class": "bar-area", "height": 22, "data-title": f"{row.name}: {shown}"}, *shape),
+            tag("div", {"class": "bar-value"}, shown),
+        ]
+    words = [
+        tag(
+            "text",
+            {"x": place(tick), "y": 14, "text-anchor": anchor_of(across(tick))},
+            f"{100 * tick:+.3g}" if tick else "0",
+        )
         for tick in across.ticks(5)
     ]
     axis = tag("svg", {"class": "x", "aria-hidden": "true", "height": 20}, *words)

@@ -17,6 +17,7 @@ from mlxflow.report.sections import (
     comparison,
     corpus,
     environment,
+    evaluation,
     learning,
     memory,
     models,
@@ -26,7 +27,10 @@ from mlxflow.report.sections import (
 )
 from mlxflow.report.summary import answers
 
-_SECTIONS = (comparison, models, stages, corpus, learning, quantization, memory, benchmark, samples, environment)
+_SECTIONS = (
+    *(comparison, models, stages, corpus, learning, quantization, evaluation),
+    *(memory, benchmark, samples, environment),
+)
 
 # More answers side by side than these would be too narrow to read: they stand below each other
 _MOST_COLUMNS = 4

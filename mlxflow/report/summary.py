@@ -20,11 +20,15 @@ from mlxflow.report.sections.memory import ARRAYS
 from mlxflow.report.sections.stages import WORDS
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow
+from mlxflow.report.stage_reports.evaluate import EvaluateReport
 from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.report.stage_reports.profile import PeakParts, ProfileReport
 from mlxflow.report.stage_reports.quantize import QualityFigures, QuantizeReport
 from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.storage.report_structs import F
+
+# The most tasks of an evaluation that the summary names
+_SUMMED_TASKS = 4
 
 _PEAKS = ("peak_memory_bytes", "sample_peak_memory_bytes")
 
@@ -32,7 +36,7 @@ _PEAKS = ("peak_memory_bytes", "sample_peak_memory_bytes")
 def answers(run: Run) -> list[Answer]:
     """Return the answers from the reports; unknown ones say so."""
     lines = [_state(run)]
-    for answer in (_progress, _data, _quality, _speed, _size, _decode, _memory, _gain):
+    for answer in (_progress, _data, _quality, _accuracy, _speed, _size, _decode, _memory, _gain):
         lines += answer(run)
     return lines
 
@@ -126,6 +130,24 @@ def _learned(report: TrainReport) -> str:
     if report.fuse == "never":
         text += " Its adapters lie beside the base model: a tool that does not apply them opens the base model."
     return text
+
+
+def _accuracy(run: Run) -> Iterator[Answer]:
+    for _, report, question in _of_each(
+        run, EvaluateReport, "How often is it right?", "How often is it right, by {name}?"
+    ):
+        first = report.accuracies[0]
+        own = [row for row in report.accuracies if row.model == first.model]
+        tasks = [f"{show_percent(row.accuracy)} on {clean(row.task)}" for row in own[1:_SUMMED_TASKS]]
+        text = f"of {plural(first.items, 'item')} of {clean(first.task)} by {clean(first.model)}"
+        text += f"; {', '.join(tasks)}." if tasks else "."
+        if worse := [row for row in report.differences if row.high < 0]:
+            worst = min(worse, key=lambda row: row.difference)
+            points = 100 * worst.difference
+            text += f" {clean(worst.model)} is {points:+.1f} points from it on {clean(worst.task)}."
+        elif report.differences:
+            text += " No other model is worse by more than the noise."
+        yield Answer(question, show_percent(first.accuracy), text, "evaluation")
 
 
 def _speed(run: Run) -> Iterator[Answer]:

@@ -78,9 +78,9 @@ import json, sys, lm_eval
 from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 
-def run(source, fewshot, chat):
+def run(source, fewshot, chat, max_tokens):
     results = lm_eval.simple_evaluate(
-        model=MLXLM("model", max_tokens=64, use_chat_template=chat), tasks=[source], num_fewshot=fewshot,
+        model=MLXLM("model", max_tokens=max_tokens, use_chat_template=chat), tasks=[source], num_fewshot=fewshot,
         task_manager=TaskManager(include_defaults=False), bootstrap_iters=1, apply_chat_template=chat,
     )
     name = source.removesuffix(".yaml")
@@ -120,7 +120,7 @@ def test_local_tasks_run_offline_with_the_numbers_of_mlx_lms_adapter(place: Path
     cases = [("words.yaml", (1, 0, "", chat, True), 64) for chat in chats]
     *choices, written = _run(place, SCRIPT, [*cases, ("written.yaml", (None, 0, "", False, True), 64)])
     *own_choices, own_written = _run(
-        place, OWN, [*(("words.yaml", 1, chat) for chat in chats), ("written.yaml", None, False)]
+        place, OWN, [*(("words.yaml", 1, chat, 64) for chat in chats), ("written.yaml", None, False, None)]
     )
     for chat, (items, metrics, truncated, uses_chat), (scores, responses, table) in zip(
         chats, choices, own_choices, strict=True
