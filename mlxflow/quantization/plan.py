@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -87,10 +87,10 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: layer for path, layer in leaves if hasattr(layer, "to_quantized")}
 
 
-def names_bits(path: str, rules: Sequence[Rule]) -> bool:
-    """Return whether the rule for a path sets its bits."""
+def names_key(path: str, rules: Sequence[Rule], key: Literal["bits", "group_size"]) -> bool:
+    """Return whether the rule for a path sets its bits, or its group size."""
     rule = next((rule for rule in rules if fnmatchcase(path, rule.match)), None)
-    return rule is not None and rule.bits is not None
+    return rule is not None and getattr(rule, key) is not None
 
 
 def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: str) -> QuantizationPlan:

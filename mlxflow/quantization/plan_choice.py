@@ -3,26 +3,26 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.data.token_file import Rows
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import CallError
-from mlxflow.quantization import bit_allocation, block_method, calibrated
+from mlxflow.quantization import block_method, calibrated
 from mlxflow.quantization import plan as plans
+from mlxflow.quantization.budget_choice import allocate
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
+from mlxflow.quantization.learning import BLOCK, LearnedLayers, calibration_rows
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.rotation_choice import choose_rotation, require_rotatable
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.start_grid import StartGrid, plan_of, read_start
-from mlxflow.report.stage_reports.quantize import RotationFigures
+from mlxflow.report.stage_reports.quantize import BudgetFigures, RotationFigures
 from mlxflow.storage.run_context import Context, derive_seed
-from mlxflow.training.model_choices import default_objective
 
-#: The setting of the method for messages. Below: of the rotations
-BLOCK, _ROTATIONS = '{}.method = "block"', "{}.rotations = {}"
+# The setting of the rotations for messages, and the bits that mlx-lm's GPTQ has
+_ROTATIONS, _GPTQ_BITS = "{}.rotations = {}", (2, 4, 8)
 
 
 class Chosen(NamedTuple):
@@ -31,14 +31,16 @@ class Chosen(NamedTuple):
     Attributes:
         dense: the model, rotated or not.
         plan: of its layers.
-        budget_losses: in nats per token, of the plans tried for a budget; None without a budget.
+        learned: by the method in choosing the plan; None if it is still to learn.
+        budget: the plans that were measured for a budget; None without a budget.
         start: codes to start from; None without.
         rotation: that was tried; None without.
     """
 
     dense: DenseModel
     plan: plans.QuantizationPlan
-    budget_losses: list[float] | None
+    learned: LearnedLayers | None
+    budget: BudgetFigures | None
     start: StartGrid | None
     rotation: RotationFigures | None
 
@@ -49,7 +51,7 @@ def choose(request: QuantizationRequest, dense: DenseModel, tokens: TokenPair | 
     if request.start is not None:
         start = read_start(request.start.files, default=request.default, key=request.start.setting)
         plan = plan_of(start, dense.model, default=request.default, key=request.start.setting)
-        return Chosen(dense, plan, None, start, None)
+        return Chosen(dense, plan, None, None, start, None)
     plan = plans.resolve(dense.model, default=request.default, rules=request.rules, key=key)
     length = None if tokens is None else tokens.train.context_length
     require_supported(request, dense.model, plan.layers, context_length=length, key=key)
@@ -70,17 +72,14 @@ def choose(request: QuantizationRequest, dense: DenseModel, tokens: TokenPair | 
         rotation = choice.figures
         dense = dense if choice.rotation is None else dense.rotated(choice.rotation)
     if request.budget is None or tokens is None:
-        return Chosen(dense, plan, None, None, rotation)
-    layers, losses = bit_allocation.allocate_bits(
-        dense.model,
-        plan,
-        request.budget,
-        calibration_rows(request, tokens.train, context),
-        rules=request.rules,
-        objective=default_objective(dense.model, tokens.train, batch_size=request.batch_size),
-        batch_size=calibrated.BATCH_SIZE,
-    )
-    return Chosen(dense, plan._replace(layers=layers), losses, None, rotation)
+        return Chosen(dense, plan, None, None, None, rotation)
+    asked = request.budget
+    if request.method == "gptq":
+        asked = asked._replace(candidate_bits=tuple(bits for bits in asked.candidate_bits if bits in _GPTQ_BITS))
+        if not asked.candidate_bits:
+            raise CallError(f"{key}.candidate_bits: mlx-lm's GPTQ has 2, 4 and 8 bits. Name one of them.")
+    made = allocate(request, asked, dense, plan, tokens.train, context)
+    return Chosen(made.dense, plan._replace(layers=made.layers), made.learned, made.figures, None, rotation)
 
 
 def require_supported(
@@ -115,11 +114,3 @@ def require_supported(
             f"{key}.scale_steps = {request.scale_steps}: trains affine layers, and the plan has none. "
             'Set mode = "affine", or scale_steps = 0.'
         )
-
-
-def calibration_rows(request: QuantizationRequest, tokens: TokenFile, context: Context) -> tuple[mx.array, mx.array]:
-    """Return token rows and their marks, (R, L + 1) each, chosen by seed."""
-    seed = derive_seed(context.seed, "quantize.calibration")
-    chosen = calibrated.choose_rows(tokens.rows.marks, count=request.calibration_rows, seed=seed)
-    batch = tokens.rows.take(chosen)
-    return mx.array(batch.tokens), mx.array(batch.marks)

@@ -1,11 +1,12 @@
 """Estimate the loss from quantizing each layer from squared gradients: one backward pass a row for all settings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.quantization.codec import round_trip
+from mlxflow.quantization.codec import Packed, round_trip, unpack
 from mlxflow.quantization.settings import Setting
 
 #: See `training.objective.Objective`: takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses
@@ -49,6 +50,79 @@ def measure_costs(
         costs[path] = {setting: float(loss) for setting, loss in zip(settings, losses, strict=True)}
         squares.pop(path, None)
     return costs
+
+
+def projected_costs(
+    model: nn.Module,
+    packed: Mapping[Setting, Mapping[str, Packed]],
+    tokens: mx.array,
+    marks: mx.array,
+    *,
+    objective: Objective,
+) -> Costs:
+    """Return for each layer and setting an estimate of the divergence that some codes cause, in nats per token.
+
+    Half the mean over the rows of the squared product of a row's gradient with the rounding error: the Fisher
+    information of the whole layer, so that errors which compensate each other, as a method makes them, cost little.
+
+    Args:
+        model: dense, in eval mode; unchanged.
+        packed: codes of the layers by setting and module path.
+        tokens: (R, L + 1) ids.
+        marks: (R, L + 1); see `data.token_file.Batch`.
+        objective: the loss.
+    """
+    modules = dict(model.named_modules())
+    weights = {path: modules[path].weight for path in dict.fromkeys(path for some in packed.values() for path in some)}
+    sums: dict[tuple[str, Setting], float] = dict.fromkeys(
+        ((path, setting) for setting, some in packed.items() for path in some), 0.0
+    )
+    count = 0.0
+    with _gradients(model, weights, objective) as gradients_of:
+        for row in range(len(tokens)):
+            targets, gradients = gradients_of(tokens[row : row + 1], marks[row : row + 1])
+            mx.eval(targets, gradients)
+            count += float(targets)
+            for setting, some in packed.items():
+                found = {
+                    path: (gradients[path] * (weights[path] - unpack(codes, setting, weights[path].dtype)))
+                    .astype(mx.float32)
+                    .sum()
+                    for path, codes in some.items()
+                }
+                mx.eval(found)
+                for path, product in found.items():
+                    sums[path, setting] += float(product) ** 2
+    costs: Costs = {path: {} for path in weights}
+    for (path, setting), total in sums.items():
+        costs[path][setting] = total / (2 * max(count, 1.0))
+    return costs
+
+
+@contextmanager
+def _gradients(
+    model: nn.Module, weights: Mapping[str, mx.array], objective: Objective
+) -> Iterator[Callable[[mx.array, mx.array], tuple[mx.array, dict[str, mx.array]]]]:
+    """Yield a compiled function of rows that returns the number of targets and the gradients of some weights."""
+    modules = dict(model.named_modules())
+
+    def loss(weights: dict[str, mx.array], tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
+        for path, weight in weights.items():
+            modules[path].weight = weight
+        return objective(model, tokens, marks)
+
+    def gradients(
+        weights: dict[str, mx.array], tokens: mx.array, marks: mx.array
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        (_, targets), found = mx.value_and_grad(loss)(weights, tokens, marks)
+        return targets, found
+
+    compiled = mx.compile(gradients)
+    try:
+        yield lambda tokens, marks: compiled(dict(weights), tokens, marks)
+    finally:
+        for path, weight in weights.items():
+            modules[path].weight = weight
 
 
 def _cost(weight: mx.array, stored: mx.array, squares: mx.array | None, count: mx.array) -> mx.array:

@@ -28,8 +28,8 @@ def report_of(method: str, result: QuantizationResult, file_bytes: int) -> Quant
         quantized_layers=tuple(plan.layers),
         dense_layers=(*plan.skipped, *plan.undivided),
         layers=tuple(_layer_figures(layer) for layer in exported.layers),
-        layers_toml=None if result.budget_losses is None else plan.layers_toml(),
-        budget_losses=None if result.budget_losses is None else tuple(result.budget_losses),
+        layers_toml=None if result.budget is None else plan.layers_toml(),
+        budget=result.budget,
         kernels=tuple(training.kernels) if training else None,
         training=training.figures if training else None,
         blocks=tuple(

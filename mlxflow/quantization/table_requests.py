@@ -36,6 +36,7 @@ def request_of(
         config.target_bits_per_weight,
         parse_size(config.target_size, 0) if config.target_size else 0,
         config.candidate_bits,
+        config.candidate_group_sizes,
         setting=f"{context.task}.{key} = {toml_value(getattr(config, key))}",
         key=context.task,
     )

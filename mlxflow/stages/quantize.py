@@ -85,6 +85,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     candidate_bits: Annotated[
         tuple[Literal[2, 3, 4, 5, 6, 8], ...], Meta(min_length=1, description="bits that a budget may choose from")
     ] = (2, 3, 4, 6, 8)
+    candidate_group_sizes: Annotated[
+        tuple[Literal[32, 64, 128], ...], Meta(min_length=1, description="group sizes that a budget may choose from")
+    ] = (32, 64, 128)
     calibration_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="training rows for calibration")] = 64
 
     block_steps: Annotated[

@@ -493,6 +493,69 @@ def test_a_size_budget_is_met_and_its_rules_reproduce_the_model(job: Job) -> Non
     assert 0.95 * 48_000 < by_size["model_bytes"] <= 48_000  # of the file, its header included
 
 
+_BUDGETS: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "gptq": {},
+    "awq": {"candidate_bits": [2, 4]},
+    "dwq": {"candidate_bits": [2, 4]},
+    "block": {"candidate_bits": [2, 4], "block_steps": 4, "scale_steps": 2},
+    "qat": {"num_steps": 4, "batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("method", _BUDGETS)
+def test_the_plan_of_a_budget_is_measured_with_its_method_and_never_worse_than_a_uniform_one(
+    job: Job, method: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = {"method": method, "target_bits_per_weight": 3.6, "calibration_rows": 16, "max_validation_rows": 32}
+    report = job.run(**table, candidate_group_sizes=[32, 64], **_BUDGETS[method])
+    made = report["budget"]
+    (chosen,) = [one for one in made["plans"] if one["is_chosen"]]
+    assert made["measured_with"] == ("grids to begin with" if method == "qat" else method)
+    assert made["plans"][0]["name"] == "mixed"
+    assert len(made["plans"]) > 1
+    assert chosen["divergence"] == min(one["divergence"] for one in made["plans"])
+    assert all(one["bits_per_weight"] <= 3.6 for one in made["plans"])
+    assert report["bits_per_weight"] <= 3.6
+    quantized = [one for one in report["layers"] if one["bits"]]
+    assert {one["group_size"] for one in quantized} <= {32, 64}
+    assert "model.embed_tokens" in {one["path"] for one in quantized}  # which is the head, too
+    assert f"{chosen['name']} is taken" in capfd.readouterr().err
+    load_model(job.artifact, strict=True)
+    assert not list((job.folder / "artifacts").rglob("block-*.safetensors"))
+
+
+def test_a_uniform_plan_is_taken_if_it_loses_less_than_the_mixed_one(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mlxflow.quantization.sensitivity import measure_costs
+
+    def misleading(model: Any, candidates: Any, *arguments: Any, **named: Any) -> Any:
+        costs = measure_costs(model, candidates, *arguments, **named)
+        return {path: {one: -cost for one, cost in options.items()} for path, options in costs.items()}
+
+    monkeypatch.setattr("mlxflow.quantization.budget_choice.measure_costs", misleading)
+    report = job.run(target_bits_per_weight=4.6, calibration_rows=16, max_validation_rows=32)
+    (chosen,) = [one for one in report["budget"]["plans"] if one["is_chosen"]]
+    assert chosen["name"] == "uniform 4 bits, groups of 64"
+    assert {(one["bits"], one["group_size"]) for one in report["layers"] if one["bits"]} == {(4, 64)}
+    assert "uniform 4 bits, groups of 64 is taken, since it diverges less than the mixed one" in capfd.readouterr().err
+
+
+def test_a_rule_keeps_its_bits_and_its_group_size_under_a_budget(job: Job) -> None:
+    layers = [{"match": "*embed_tokens", "bits": 8, "group_size": 32}, {"match": "*.down_proj", "group_size": 64}]
+    report = job.run(target_bits_per_weight=5.5, calibration_rows=16, layers=layers, max_validation_rows=32)
+    found = {one["path"]: (one["bits"], one["group_size"]) for one in report["layers"]}
+    assert found["model.embed_tokens"] == (8, 32)
+    assert all(size == 64 for path, (_, size) in found.items() if path.endswith("down_proj"))
+    assert len({size for path, (_, size) in found.items() if path.endswith("proj")}) > 1
+
+
+def test_candidates_that_gptq_does_not_have_are_an_error(job: Job) -> None:
+    (line,) = job.problems(UserError, method="gptq", target_bits_per_weight=3.5, candidate_bits=[3])
+    assert line == "quantize.candidate_bits: mlx-lm's GPTQ has 2, 4 and 8 bits. Name one of them."
+
+
 def test_a_model_of_the_hub_is_its_own_teacher(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_folder, "fetch", lambda *_, **__: job.folder / "artifacts/train")
     table = {"method": "qat", "bits": 2, "num_steps": 2, "batch_size": 4, "max_validation_rows": 8}

@@ -115,6 +115,34 @@ class RotationFigures(ReportTable, frozen=True, kw_only=True):
     divergences: tuple[float, ...]
 
 
+class BudgetPlanFigures(ReportTable, frozen=True, kw_only=True):
+    """A plan within a budget.
+
+    Attributes:
+        name: "mixed", or the setting that all layers share.
+        bits_per_weight: stored bits of its layers by their parameters.
+        divergence: of the quantized from the dense model in nats per token, on training rows.
+        is_chosen: whether the model has it.
+    """
+
+    name: str
+    bits_per_weight: float
+    divergence: float
+    is_chosen: bool
+
+
+class BudgetFigures(ReportTable, frozen=True, kw_only=True):
+    """The plans that were measured for a budget.
+
+    Attributes:
+        measured_with: the method whose codes were measured.
+        plans: these plans.
+    """
+
+    measured_with: str
+    plans: tuple[BudgetPlanFigures, ...]
+
+
 class TeacherFigures(ReportTable, frozen=True, kw_only=True):
     """The cached distributions of the dense model that a method distilled.
 
@@ -149,7 +177,7 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
         dense_layers: module paths of layers that stay dense.
         layers: every matrix, in the model's order.
         layers_toml: the plan that a budget chose, as TOML of the key `layers`; None without a budget.
-        budget_losses: nats per token of the plans that were tried; None without a budget.
+        budget: the plans that were measured for a budget; None without one.
         kernels: names of the fused GPU kernels in use; None if nothing was trained.
         training: of quantization-aware training; None without it.
         blocks: of the method "block"; empty for others.
@@ -177,7 +205,7 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
     dense_layers: tuple[str, ...]
     layers: tuple[LayerFigures, ...]
     layers_toml: str | None = None
-    budget_losses: tuple[float, ...] | None = None
+    budget: BudgetFigures | None = None
     kernels: tuple[str, ...] | None = None
     training: TrainingFigures | None = None
     blocks: tuple[BlockFigures, ...] = ()

@@ -1,0 +1,204 @@
+"""The plan of a model within a budget, by the method that will be used: its errors, and its measured plans."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.evaluation.dense_reference import Reference
+from mlxflow.evaluation.kl_divergence import measure_divergence
+from mlxflow.messages import terminal
+from mlxflow.quantization import bit_allocation, budget
+from mlxflow.quantization import plan as plans
+from mlxflow.quantization.codec import Packed, pack, unpack
+from mlxflow.quantization.dense_model import DenseModel
+from mlxflow.quantization.grids import first_grid, pack_on
+from mlxflow.quantization.layer_inputs import other_weights
+from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
+from mlxflow.quantization.plan import quantizable_layers
+from mlxflow.quantization.progress import show_parts
+from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
+from mlxflow.quantization.settings import Setting
+from mlxflow.report.stage_reports.quantize import BudgetFigures, BudgetPlanFigures
+from mlxflow.storage.run_context import Context
+from mlxflow.training.model_choices import default_objective
+
+# Rows whose gradients estimate the costs of a learned method
+_SENSITIVITY_ROWS = 32
+
+# Rows in a forward pass
+_BATCH_SIZE = 8
+
+# Uniform plans that are measured beside the mixed one: of a method that learns, the best by its estimated cost
+_UNIFORM = {"rtn": 3, "qat": 3}
+
+# Bits from which DWQ does not train
+_DWQ_BITS = 8
+
+
+class Allocation(NamedTuple):
+    """The result: the layers of the plan, the model, what the method learned, and the figures for the report.
+
+    Attributes:
+        layers: module path to setting.
+        dense: the model as the method left it.
+        learned: by the method; None if it is still to be trained.
+        figures: of the plans that were measured.
+    """
+
+    layers: dict[str, Setting]
+    dense: DenseModel
+    learned: LearnedLayers | None
+    figures: BudgetFigures
+
+
+class _Tried(NamedTuple):
+    """A plan that was measured."""
+
+    name: str
+    layers: dict[str, Setting]
+    dense: DenseModel
+    learned: LearnedLayers
+    divergence: float
+
+
+def allocate(
+    request: QuantizationRequest,
+    asked: bit_allocation.BudgetRequest,
+    dense: DenseModel,
+    plan: plans.QuantizationPlan,
+    tokens: TokenFile,
+    context: Context,
+) -> Allocation:
+    """Return the best measured plan within a budget: a mixed one, or a uniform one of the same size.
+
+    The costs of each layer are those of codes that the method learns in a uniform plan of each candidate. The mixed
+    plan of least cost and uniform plans within the budget are then learned and measured on training rows that the
+    method has not seen, as far as there are any. Training ("qat") is not repeated for each of them: its plans are
+    measured on the grids that it begins with.
+
+    Args:
+        request: the method.
+        asked: the budget.
+        dense: the model.
+        plan: bits and group sizes that a rule sets are kept.
+        tokens: to calibrate on.
+        context: of the stage.
+
+    Raises:
+        WorkflowError: the mode does not support a candidate, or even the smallest candidates exceed the budget.
+    """
+    room = bit_allocation.room_of(dense.model, plan, asked, rules=request.rules)
+    costs = _costs(request, dense, room.candidates, tokens, context)
+    plans_made = bit_allocation.plans_within(room, costs, asked, most_uniform=_UNIFORM.get(request.method, 1))
+    ids, marks = calibration_rows(request, tokens, context, skips=request.calibration_rows)
+    rows = Rows(np.array(ids), np.array(marks))
+    reference = Reference.of(dense.reopened())
+    tried: list[_Tried] = []
+    for name, layers in plans_made.items():
+        own = dense._replace(model=dense.reopened())
+        learned = learn_layers(request, own, layers, tokens, context, part=f"plan-{len(tried)}")
+        weights = dict(_weights(request, own.model, layers, learned.packed))
+        with other_weights(own.model, weights):
+            measured = measure_divergence(reference, own.model, rows, batch_size=_BATCH_SIZE, masks_documents=False)
+        tried.append(_Tried(name, dict(layers), own, learned, measured.kl))
+    best = min(tried, key=lambda one: one.divergence)
+    figures = BudgetFigures(
+        measured_with="grids to begin with" if request.method == "qat" else request.method,
+        plans=tuple(
+            BudgetPlanFigures(
+                name=one.name,
+                bits_per_weight=8 * budget.plan_bytes(one.layers, room.sizes) / room.parameters,
+                divergence=one.divergence,
+                is_chosen=one is best,
+            )
+            for one in tried
+        ),
+    )
+    terminal.say(_described(figures, context.task))
+    return Allocation(best.layers, best.dense, None if request.method == "qat" else best.learned, figures)
+
+
+def _described(figures: BudgetFigures, task: str) -> str:
+    shown = ", ".join(f"{one.name} {one.bits_per_weight:.2f} bits {one.divergence:.4g}" for one in figures.plans)
+    chosen = next(one for one in figures.plans if one.is_chosen)
+    verb = "is taken" if chosen.name == bit_allocation.MIXED else "is taken, since it diverges less than the mixed one"
+    return f"{task}: divergence of the plans in nats: {shown}; {chosen.name} {verb}"
+
+
+def _weights(
+    request: QuantizationRequest, model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[str, Packed]
+) -> Iterator[tuple[str, mx.array]]:
+    """Yield the rounded weight of each layer of a plan."""
+    dense = quantizable_layers(model)
+    for path, setting in layers.items():
+        weight = dense[path].weight
+        codes = packed.get(path) or _rounded(request.method, weight, setting)
+        yield path, unpack(codes, setting, weight.dtype)
+
+
+def _rounded(method: str, weight: mx.array, setting: Setting) -> Packed:
+    """Return the codes of a weight by a method that learns nothing before it trains."""
+    codes = pack_on(weight, setting, first_grid(weight, setting)) if method == "qat" else pack(weight, setting)
+    mx.eval(codes)
+    return codes
+
+
+def _costs(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    candidates: Mapping[str, Sequence[Setting]],
+    tokens: TokenFile,
+    context: Context,
+) -> Costs:
+    """Return the estimated divergence of each layer at each of its candidates, with the codes of the method."""
+    rows, marks = calibration_rows(request, tokens, context)
+    merged: Costs = {path: dict.fromkeys(some, 0.0) for path, some in candidates.items()}
+    candidates = {path: some for path, some in candidates.items() if len(some) > 1}
+    objective = default_objective(dense.model, tokens, batch_size=request.batch_size)
+    if request.method == "rtn":
+        return merged | measure_costs(dense.model, candidates, rows, marks, objective=objective, dtype=None)
+    few = rows[:_SENSITIVITY_ROWS], marks[:_SENSITIVITY_ROWS]
+    settings = sorted({one for some in candidates.values() for one in some})
+    same_model: dict[Setting, dict[str, Packed]] = {}
+    found: list[Costs] = []
+    with show_parts(context.task, "measuring the method's errors", len(settings), "settings") as watch:
+        for number, setting in enumerate(settings):
+            layers = {path: setting for path, some in candidates.items() if setting in some}
+            own, packed = _codes(request, dense, layers, tokens, context, number)
+            if request.method == "awq":  # its codes are of scaled weights
+                found.append(projected_costs(own.model, {setting: packed}, *few, objective=objective))
+            else:
+                same_model[setting] = packed
+            watch(f"{setting.bits} bits, groups of {setting.group_size}")
+    if same_model:
+        found.append(projected_costs(dense.model, same_model, *few, objective=objective))
+    for costs in found:
+        for path, options in costs.items():
+            merged[path] |= options
+    return merged
+
+
+def _codes(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    layers: Mapping[str, Setting],
+    tokens: TokenFile,
+    context: Context,
+    number: int,
+) -> tuple[DenseModel, dict[str, Packed]]:
+    """Return the codes that a method learns in a uniform plan, and the model that they stand for.
+
+    Blocks are compensated and not trained, and scales are not tuned afterwards.
+    """
+    own = dense._replace(model=dense.reopened())
+    setting = next(iter(layers.values()))
+    if request.method == "qat" or (request.method == "dwq" and setting.bits >= _DWQ_BITS):
+        weights = quantizable_layers(own.model)
+        return own, {path: _rounded(request.method, weights[path].weight, one) for path, one in layers.items()}
+    asked = request._replace(block_steps=0, scale_steps=0)
+    return own, learn_layers(asked, own, layers, tokens, context, part=f"setting-{number}").packed

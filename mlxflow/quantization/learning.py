@@ -1,0 +1,146 @@
+"""What a method learns of a model with a plan: packed layers, and the figures of their training."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.quantization import block_method, calibrated
+from mlxflow.quantization.apply import apply_plan
+from mlxflow.quantization.codec import Packed
+from mlxflow.quantization.dense_model import DenseModel
+from mlxflow.quantization.distillation import teacher_of
+from mlxflow.quantization.progress import show_parts
+from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
+from mlxflow.quantization.settings import Setting
+from mlxflow.report.stage_reports.quantize import TeacherFigures
+from mlxflow.storage.digests import digest_json
+from mlxflow.storage.run_context import Context, derive_seed
+
+#: The setting of the method for messages.
+BLOCK = '{}.method = "block"'
+
+
+class LearnedLayers(NamedTuple):
+    """The result of a method.
+
+    Attributes:
+        packed: codes by module path; layers without codes are to be rounded.
+        blocks: errors of the blocks, of "block"; empty for other methods.
+        tuned: scales of the whole model, of "block"; None without.
+        teacher: the cached distributions that were distilled; None without.
+    """
+
+    packed: dict[str, Packed]
+    blocks: list[block_method.BlockErrors]
+    tuned: TunedScales | None
+    teacher: TeacherFigures | None
+
+
+def learn_layers(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    layers: Mapping[str, Setting],
+    tokens: TokenFile,
+    context: Context,
+    *,
+    part: str = "",
+) -> LearnedLayers:
+    """Return the layers that a method without the trainer learns.
+
+    Args:
+        request: its method and settings.
+        dense: the model; "awq" changes its norms and weights.
+        layers: module path to setting.
+        tokens: to calibrate on.
+        context: of the stage.
+        part: of the stage's work, for the files of a run that is resumed; empty for all of it.
+    """
+    if request.method == "block":
+        learned = _learn_blocks(request, dense, layers, tokens, context, part)
+        if not request.scale_steps:
+            return LearnedLayers(learned.packed, learned.errors, None, None)
+        tuned, teacher = _tune_scales(request, dense, layers, learned.packed, tokens, context)
+        return LearnedLayers(tuned.packed, learned.errors, tuned, teacher)
+    if request.method in ("rtn", "qat"):
+        return LearnedLayers({}, [], None, None)
+    rows, _ = calibration_rows(request, tokens, context)
+    seed = derive_seed(context.seed, "quantize.rows")
+    packed = calibrated.learn(request.method, dense.model, layers, rows.astype(mx.int32), seed=seed, key=context.task)
+    return LearnedLayers(packed, [], None, None)
+
+
+def calibration_rows(
+    request: QuantizationRequest, tokens: TokenFile, context: Context, *, skips: int = 0
+) -> tuple[mx.array, mx.array]:
+    """Return token rows and their marks, (R, L + 1) each, chosen by seed.
+
+    Args:
+        request: the number of rows.
+        tokens: to choose from.
+        context: of the stage.
+        skips: rows of the same order that are left out; the first ones are returned if none are left.
+    """
+    seed = derive_seed(context.seed, "quantize.calibration")
+    chosen = calibrated.choose_rows(tokens.rows.marks, count=skips + request.calibration_rows, seed=seed)
+    batch = tokens.rows.take(chosen[skips:] if len(chosen) > skips else chosen)
+    return mx.array(batch.tokens), mx.array(batch.marks)
+
+
+def _learn_blocks(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    layers: Mapping[str, Setting],
+    tokens: TokenFile,
+    context: Context,
+    part: str,
+) -> block_method.LearnedBlocks:
+    """Return the layers that the method "block" learns; its files make an interrupted run resume."""
+    key = context.task
+    origin = {name: context.provenance[name] for name in sorted(context.provenance)}
+    settings = {path: list(setting) for path, setting in layers.items()}
+    asked = block_method.BlockRequest(
+        num_steps=request.block_steps,
+        seed=derive_seed(context.seed, "quantize.rows"),
+        folder=context.unfinished / part if part else context.unfinished,
+        identity=digest_json({"origin": origin, "device": context.device, "layers": settings}),
+        name=BLOCK.format(key),
+    )
+    rows = np.array(calibration_rows(request, tokens, context)[0])[:, :-1]
+    with show_parts(key, "learning", len(dense.model.layers), "blocks") as watch:
+        return block_method.learn_blocks(
+            dense.reopened, layers, rows, asked, watch=lambda one: watch(f"{one.path}: error {one.output:.2g}")
+        )
+
+
+def _tune_scales(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    layers: Mapping[str, Setting],
+    packed: Mapping[str, Packed],
+    tokens: TokenFile,
+    context: Context,
+) -> tuple[TunedScales, TeacherFigures]:
+    """Return packed layers with scales and biases trained to the dense model's distributions, which are cached."""
+    ids, marks = calibration_rows(request, tokens, context)
+    chosen = Rows(np.array(ids), np.array(marks))
+    rows = chosen.tokens[:, :-1]
+    teacher = teacher_of(dense, chosen, masks_documents=False, context=context)
+    student = dense.reopened()
+    apply_plan(student, layers, packed)
+    student.eval()
+    with show_parts(context.task, "tuning scales", request.scale_steps, "steps") as watch:
+        tuned = tune_scales(
+            student,
+            layers,
+            rows,
+            teacher,
+            num_steps=request.scale_steps,
+            batch_size=min(len(rows), max(1, block_method.TOKENS_PER_STEP // rows.shape[1])),
+            seed=derive_seed(context.seed, "quantize.scales"),
+            watch=lambda _, loss: watch(f"loss {loss:.3f}"),
+        )
+    return tuned, teacher.figures()
