@@ -31,6 +31,7 @@ import mlx.core as mx
 
 from mlxflow.kernels.attention_source import BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD
 from mlxflow.kernels.codegen import KernelSource
+from mlxflow.ops.custom_function import custom_function
 
 
 class Tiling(NamedTuple):
@@ -270,7 +271,7 @@ def attention(scale: float) -> Callable[..., mx.array]:
     def forward(q: mx.array, k: mx.array, v: mx.array, *low: mx.array) -> tuple[mx.array, mx.array]:
         return kernel(q, k, v, scale, *low)
 
-    function = mx.custom_function(forward)
+    function = custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:

@@ -30,6 +30,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.kernels.codegen import KernelSource, groups_for
+from mlxflow.ops.custom_function import custom_function
 
 #: Every activation by its name.
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -178,7 +179,7 @@ def projected(name: str, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array
         a, b = x @ gate.T, x @ up.T
         return reference(name, a, b), a, b  # a and b only for the backward pass
 
-    function = mx.custom_function(forward)
+    function = custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
@@ -202,7 +203,7 @@ def gated(name: str, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array], m
         name: of the activation.
         kernel_dtype: of arrays that the kernel is used for; others take plain operations.
     """
-    function = mx.custom_function(functools.partial(reference, name))
+    function = custom_function(functools.partial(reference, name))
 
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:

@@ -26,6 +26,7 @@ import mlx.core as mx
 from mlxflow.device.gpu_cores import gpu_cores
 from mlxflow.kernels.codegen import THREADS, KernelSource
 from mlxflow.kernels.rms_norm_source import ADD_SHARES, BACKWARD, FORWARD, SUM_BACKWARD, SUM_FORWARD
+from mlxflow.ops.custom_function import custom_function
 
 #: Groups on a core at once; a backward pass has no others. Left to itself the compiler gives a thread of the sum's
 #: kernels so many registers that one group has a core alone, and nothing is read while it waits.
@@ -159,7 +160,7 @@ def rms_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array
             return kernel(x, weight, eps)
         return mx.fast.rms_norm(x, weight, eps)
 
-    function = mx.custom_function(forward)
+    function = custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
@@ -187,7 +188,7 @@ def sum_and_norm(
         h = x + r
         return h, mx.fast.rms_norm(h, weight, eps)
 
-    function = mx.custom_function(forward)
+    function = custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
@@ -211,7 +212,7 @@ def residual_and_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array,
         uses_kernel = _uses_kernel(x, weight, kernel_dtype)
         return x, kernel(x, weight, eps) if uses_kernel else mx.fast.rms_norm(x, weight, eps)
 
-    function = mx.custom_function(forward)
+    function = custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangents: Any, _: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxflow.kernels.codegen import THREADS, KernelSource
+from mlxflow.ops.custom_function import custom_function
 
 _SOURCE = KernelSource(
     name="rotary",
@@ -135,7 +136,7 @@ def rotary(interleaved: bool, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.
         uses_kernel = x.dtype == kernel_dtype and supports(x, 2 * cosine.shape[-1])
         return (kernel if uses_kernel else reference)(x, cosine, sine, interleaved, back)
 
-    function = mx.custom_function(functools.partial(turn, back=False))
+    function = custom_function(functools.partial(turn, back=False))
 
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:

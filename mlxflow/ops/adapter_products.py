@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops import patching, quantized_matmul
+from mlxflow.ops.custom_function import custom_function
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.quantized_matmul import Format, IsFasterDense
 
@@ -164,7 +165,7 @@ def _members(bases: Sequence[_FrozenBase], arrays: Sequence[mx.array]) -> list[_
 def _adapted(bases: tuple[_FrozenBase, ...], _: str) -> Callable[..., list[mx.array]]:
     """Return a function of x and the arrays of each layer, with the gradients of x and the adapters."""
 
-    @mx.custom_function
+    @custom_function
     def outputs(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         members = _members(bases, arrays)
         thin = _thin_products(x, members)

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops import document_mask, patching
+from mlxflow.ops.custom_function import custom_function
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.fast_exp import LOG2_E, exp2_below
 
@@ -238,7 +239,7 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
             saved += [block.within, block.inverse] + ([] if block.before is None else [block.before])
         return mx.concatenate(outs, axis=-2), *saved
 
-    function = mx.custom_function(forward)
+    function = custom_function(forward)
 
     @function.vjp
     def backward(

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlxflow.ops.custom_function import custom_function
+
 
 def lookup(
     table: mx.array, numbers: mx.array, gradient: Callable[[mx.array, mx.array, int], mx.array] | None = None
@@ -27,7 +29,7 @@ def lookup(
     """
     rows = numbers.reshape(-1)
 
-    @mx.custom_function
+    @custom_function
     def taken(table: mx.array, rows: mx.array) -> mx.array:
         return table[rows]
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops import patching
+from mlxflow.ops.custom_function import custom_function
 from mlxflow.ops.embedding_lookup import lookup
 from mlxflow.ops.eval_mode import evaluating
 
@@ -108,7 +109,7 @@ def product(x: mx.array, weight: mx.array) -> mx.array:
     return cast("mx.array", _product(x, weight))
 
 
-@mx.custom_function
+@custom_function
 def _product(x: mx.array, weight: mx.array) -> mx.array:
     return x @ weight.T
 
@@ -119,7 +120,7 @@ def _product_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.
     return cotangent @ weight, _rows(cotangent).T @ _rows(x)
 
 
-@mx.custom_function
+@custom_function
 def _products(x: mx.array, *weights: mx.array) -> list[mx.array]:
     return [x @ weight.T for weight in weights]
 
@@ -133,7 +134,7 @@ def _products_vjp(primals: tuple[mx.array, ...], cotangents: list[mx.array], _: 
     return (incoming @ mx.concatenate(weights), *gradients)
 
 
-@mx.custom_function
+@custom_function
 def _product_and_sum(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     return mx.addmm(bias, x, weight.T)
 

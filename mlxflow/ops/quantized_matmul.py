@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from mlxflow.ops import patching
+from mlxflow.ops.custom_function import custom_function
 
 # Rows from which a dense product is faster on the CPU, for each type of the rows
 _MIN_ROWS = {mx.float32: 16, mx.bfloat16: 2, mx.float16: 2}
@@ -160,7 +161,7 @@ def _dense(weight: tuple[mx.array, ...], form: Format, dtype: mx.Dtype, *, after
 def _dense_product(transpose: bool, form: Format, _: str) -> _Matmul:
     """Return a differentiable product of rows, (..., D), with a quantized weight."""
 
-    @mx.custom_function
+    @custom_function
     def product(x: mx.array, *weight: mx.array) -> mx.array:
         return multiply(x, weight, form, transpose=transpose)
 

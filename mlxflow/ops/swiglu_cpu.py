@@ -11,6 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxflow.ops import mlx_lm_import, patching
+from mlxflow.ops.custom_function import custom_function
 from mlxflow.ops.fast_exp import LOG2_E, exp2
 
 
@@ -43,7 +44,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return cast("tuple[mx.array, mx.array]", _swiglu(gate, x))[0]
 
 
-@mx.custom_function
+@custom_function
 def _swiglu(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
     """Return the product, and the sigmoid, which only the gradient uses."""
     sigmoid = 1 / (1 + exp2(gate * -LOG2_E))

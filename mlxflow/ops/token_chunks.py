@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxflow.ops.custom_function import custom_function
+
 # Bytes of the widest activation of a chunk, and the fewest tokens: a product of fewer does not fill a GPU
 _CHUNK_BYTES, _MIN_TOKENS = 1 << 27, 1024
 
@@ -83,7 +85,7 @@ def _in_chunks(forward: Any, most: int) -> Any:
     def chunks(x: mx.array) -> list[slice]:
         return [slice(begin, begin + most) for begin in range(0, x.shape[1], most)]
 
-    @mx.custom_function
+    @custom_function
     def function(x: mx.array, *weights: mx.array) -> mx.array:
         parts: list[mx.array] = []
         for tokens in chunks(x):

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops import patching
+from mlxflow.ops.custom_function import custom_function
 from mlxflow.quantization.affine_grid import best_grid, round_on, where_on
 from mlxflow.quantization.clipping import best_limits, clip, where_kept
 from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_grid
@@ -102,7 +103,7 @@ def _straight_through(setting: Setting) -> Callable[..., mx.array]:
     def forward(weight: mx.array, grid: mx.array) -> mx.array:
         return round_on(weight, setting, grid) if has_grid else round_trip(clip(weight, grid), setting)
 
-    function = mx.custom_function(forward)
+    function = custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
+from mlxflow.ops.custom_function import custom_function
 from mlxflow.quantization import float_grid
 from mlxflow.quantization.codec import Packed, pack, scales_dtype
 from mlxflow.quantization.grids import codes_of, grid_of, is_float
@@ -150,7 +151,7 @@ def _narrowed(dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:
 
 
 def _straight(rounded: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    function = mx.custom_function(rounded)
+    function = custom_function(rounded)
 
     @function.vjp
     def gradients(_primals: Any, cotangent: mx.array, _: mx.array) -> Any:
@@ -178,7 +179,7 @@ def _rounding(setting: Setting) -> Callable[..., mx.array]:
     else:
         low, high = -0.5, 2**setting.bits - 0.5
 
-    @mx.custom_function
+    @custom_function
     def points(positions: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return scales * _codes(positions, setting) + biases
 

@@ -6,8 +6,10 @@ from typing import NamedTuple
 from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import TokenFile
+from mlxflow.distributed.team import of_this_process
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages import terminal
+from mlxflow.messages.errors import reason_of
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.training import (
@@ -22,6 +24,7 @@ from mlxflow.training import (
 )
 from mlxflow.training.kernel_selection import KernelRequest
 from mlxflow.training.lora_config import decide_fuse
+from mlxflow.training.memory_forecast import forecast_memory
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
@@ -99,6 +102,8 @@ def run_job(
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     start, subject, kernels = prepare(job, tokens, context)
+    if not job.picks_checkpointing:  # the trials of a choice say what they measured
+        _say_whether_it_fits(subject, kernels, tokens, context)
     warnings = _warn(job, start)
     settings = subject.settings.replace(kernels=tuple(kernels.selected))
     if job.picks_checkpointing:
@@ -161,6 +166,21 @@ def prepare(
         subject = build.Subject(start.model, settings, tokens.vocab_size, tokens.context_length, names)
         kernels = kernel_selection.select_kernels(job.kernels, subject, tokens.rows.head(settings.batch_size), ahead)
     return start, subject, kernels
+
+
+def _say_whether_it_fits(subject: build.Subject, kernels: ModelKernels, tokens: TokenFile, context: Context) -> None:
+    """Print the predicted peak of a step beside the memory limit; rank 0 does it for all ranks."""
+    rank, names = of_this_process().rank, subject.names
+    if not rank.is_first or rank.shards_optimizer:  # of shards a rank has a part, which is not predicted
+        return
+    try:
+        expected = forecast_memory(subject, kernels, tokens.rows.head(subject.settings.batch_size))
+    except (ValueError, RuntimeError) as error:  # a model of other code may use what MLX cannot export
+        line = f"the peak memory of a step is not predicted ({reason_of(error)})"
+    else:
+        advice = f'Lower {names.of("batch_size")}, or set {names.of("checkpointing")} = "auto".'
+        line = expected.line(context.memory_limit_bytes, advice=advice)
+    terminal.say(f"{context.task}: {line}")
 
 
 def _warn(job: Job, start: starting_model.StartingModel) -> tuple[str, ...]:

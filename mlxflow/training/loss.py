@@ -15,6 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxflow.ops import quantized_matmul
+from mlxflow.ops.custom_function import custom_function
 from mlxflow.ops.fast_exp import LOG2_E, exp2_below
 from mlxflow.ops.quantized_matmul import Format
 
@@ -36,7 +37,7 @@ def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = Fa
     return cast("mx.array", _cross_entropy_gpu(logits, targets))
 
 
-@mx.custom_function
+@custom_function
 def _cross_entropy_cpu(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Return the losses, (...), and the softmax, (..., V), which only the gradient uses."""
     exponentials, sums, losses = _exponentials(logits.astype(mx.float32), targets)
@@ -64,7 +65,7 @@ def _fast_cross_entropy(gradient_of: Callable[[mx.array, mx.array, mx.array, mx.
         gradient_of: maps logits, targets, incoming gradient and losses to the gradient of the logits.
     """
 
-    @mx.custom_function
+    @custom_function
     def losses_of(logits: mx.array, targets: mx.array) -> mx.array:
         return mx.fast.cross_entropy(logits, targets)
 
@@ -149,7 +150,7 @@ def linear_cross_entropy(
 def _frozen_cross_entropy(chunk_rows: int, form: Format, uses_kernel: bool) -> Callable[..., tuple[mx.array, ...]]:
     """Return the same for a frozen quantized weight; no dense copy of it is held."""
 
-    @mx.custom_function
+    @custom_function
     def function(hidden: mx.array, targets: mx.array, weights: mx.array, *weight: mx.array) -> tuple[mx.array, ...]:
         total = mx.array(0.0)
         parts: list[mx.array] = []
@@ -190,7 +191,7 @@ def _linear_cross_entropy(
             weight_gradients = [sums + (gradient.T @ part).astype(mx.float32) for sums in weight_gradients]
         return total, mx.concatenate(parts), *(sums.astype(weight.dtype) for sums in weight_gradients)
 
-    function = mx.custom_function(forward)
+    function = custom_function(forward)
 
     @function.vjp
     def backward(

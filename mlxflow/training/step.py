@@ -48,6 +48,8 @@ class Step:
 
     Attributes:
         state: everything that changes from update to update, including the random state: to evaluate and to save.
+        of_update: the optimizer's update, uncompiled.
+        gradients: of a batch, uncompiled.
     """
 
     def __init__(
@@ -83,24 +85,25 @@ class Step:
             outputs=self.state,
         )
         self._model = model
-        self._of_update = update
-        self._read, self._drawn, self._gradients = read, drawn, compute
+        self.of_update = update
+        self.gradients = compute
+        self._read, self._drawn = read, drawn
 
     def whole_state(self) -> Any:
         """Return the state of the update for a checkpoint; of several ranks that share it only rank 0 gets it."""
-        return self._of_update.whole_state()
+        return self.of_update.whole_state()
 
     def state_like(self) -> Any:
         """Return a tree of the shapes and dtypes of `whole_state`, whose arrays may be replaced."""
-        return self._of_update.state_like()
+        return self.of_update.state_like()
 
     def restore(self, state: Any) -> None:
         """Take a state of the update from a checkpoint, and set the model's weights from it."""
-        self._of_update.restore(state)
+        self.of_update.restore(state)
 
     def shared_weights(self) -> Any:
         """Return a tree of weights that every rank has: those of the state, or else the model's."""
-        return self._of_update.shared_weights()
+        return self.of_update.shared_weights()
 
     def compute(self, *batch: mx.array) -> Gradients:
         """Return the gradients of a batch in the dtypes of the weights.
@@ -122,11 +125,11 @@ class Step:
     @property
     def shards(self) -> OptimizerShards | None:
         """The parts of the state that this rank keeps; None if it keeps all of it."""
-        return self._of_update.shards
+        return self.of_update.shards
 
     def packing(self) -> GradientPacking:
         """Return how the gradients are sent to other ranks."""
-        return GradientPacking(self._model.trainable_parameters(), self._of_update.layout)
+        return GradientPacking(self._model.trainable_parameters(), self.of_update.layout)
 
     def compiled(self, of_gradients: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled function of a batch's arrays and of earlier sums that computes the gradients of the batch.
@@ -136,7 +139,7 @@ class Step:
         """
 
         def compute(batch: tuple[mx.array, ...], *sums: Any) -> Any:
-            return of_gradients(self._gradients(*batch), *sums)
+            return of_gradients(self.gradients(*batch), *sums)
 
         return mx.compile(compute, inputs=self._read, outputs=self._drawn)
 

@@ -28,6 +28,7 @@ from mlxflow.ops import (
     attention_overrides,
     document_mask,
     gather_matmul,
+    graph_trace,
     linear_gradients,
     mlx_lm_import,
     patching,
@@ -224,6 +225,11 @@ CALLS: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
         "mlxflow.quantization.outside_layers",
         lambda model: round_outside(_model, {"lm_head": SETTING}, np.array(TOKENS), name="quantize.method"),
         {"class of mlx_lm.models.llama.TransformerBlock"},
+    ),
+    (
+        "mlxflow.ops.graph_trace",
+        lambda _: graph_trace.trace(lambda x: [x + 1], [mx.zeros(2)], prefix=""),
+        {"mlx.core.vjp", "mlx.core.value_and_grad", "mlx.core.checkpoint"},
     ),
     (
         "mlxflow.ops.mlx_lm_import",

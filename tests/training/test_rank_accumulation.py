@@ -45,7 +45,7 @@ def _accumulator(team: Team, monkeypatch: pytest.MonkeyPatch) -> RankAccumulator
 
 def _joined(step: Step, gradients: Gradients) -> Any:
     """Return gradients as the update of a step takes them."""
-    return step._of_update.join(gradients.tree)
+    return step.of_update.join(gradients.tree)
 
 
 @pytest.fixture

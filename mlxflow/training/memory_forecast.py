@@ -1,0 +1,159 @@
+"""What the peak memory of a training step will be, from the shapes of its arrays, before any step: nothing is computed.
+
+The step is traced (`ops/graph_trace.py`), and its allocations are followed in MLX's order (`graph_memory.py`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxflow.data.token_file import Rows
+from mlxflow.kernels.model_kernels import ModelKernels
+from mlxflow.ops.graph_trace import Traced, Value, trace
+from mlxflow.training import build, graph_memory
+from mlxflow.training.graph_memory import Graph
+from mlxflow.training.precompile import restored
+from mlxflow.training.step import Step
+
+# Dispatches that the host is ahead of the device. MLX waits for the CPU after ten tasks of ten. A GPU's command buffers
+# end after some bytes, too, and large arrays fill them at once.
+_LAG = {"cpu": 100, "gpu": 40}
+
+
+class MemoryForecast(NamedTuple):
+    """The predicted memory of a step.
+
+    Attributes:
+        peak_bytes: of MLX's arrays, with weights and the optimizer's state.
+        tokens: of a pass.
+    """
+
+    peak_bytes: int
+    tokens: int
+
+    def line(self, limit_bytes: int, *, advice: str) -> str:
+        """Return whether a step fits into the memory, in words.
+
+        Args:
+            limit_bytes: memory limit of MLX.
+            advice: what to do if it does not.
+        """
+        step = f"about {_gb(self.peak_bytes)} GB in a step with passes of {self.tokens:,} tokens"
+        if self.peak_bytes <= limit_bytes:
+            return f"{step}: fits into the {_gb(limit_bytes)} GB allowed"
+        return f"{step}: does not fit into the {_gb(limit_bytes)} GB allowed. {advice}"
+
+
+def _gb(number: int) -> str:
+    return f"{number / 1e9:.2f}" if number < 10e9 else f"{number / 1e9:.0f}"
+
+
+def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast:
+    """Return the predicted memory of a training step.
+
+    Args:
+        subject: the model, whose weights need not be evaluated, and its settings; as before afterwards.
+        kernels: in use.
+        rows: of one pass.
+
+    Raises:
+        ValueError: the model uses an operation that cannot be traced.
+    """
+    with restored(subject.model), build.ready_step(subject, kernels) as step:
+        graph, held, changed = _graph_of(step, subject, rows)
+    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
+    peak = graph_memory.peak_bytes(graph, held, changed, lag=_LAG[device])
+    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1))
+
+
+def _graph_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[Graph, int, dict[str, tuple[str, int]]]:
+    """Return the graph of a step, the bytes that it never frees, and the buffers that it replaces."""
+    model, update = subject.model, step.of_update
+    weights, state = dict(tree_flatten(model.parameters())), dict(tree_flatten(update.state))
+    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    passed, names = _trace_pass(step, model, weights, rows)
+    updated = _trace_update(step, model, passed.outputs, names, state)
+    held = sum(value.nbytes for name, value in weights.items() if name not in trained)
+    held += rows.tokens.nbytes + rows.marks.nbytes
+    if subject.settings.grad_accum_steps > 1:  # the sums of the passes before
+        held += sum(4 * weights[name].size for name in trained)
+    of_state = dict(zip(state, updated.inputs[len(passed.outputs) :], strict=True))
+    changed = {value.name: (value.name, value.nbytes) for value in of_state.values()}
+    of_model = dict(zip(weights, passed.inputs[2:], strict=True))
+    for name in trained:
+        owner = of_state.get(_long_array(step, name)) if weights[name].dtype == _state_dtype(step) else None
+        value = of_model[name]
+        changed[value.name] = (value.name, value.nbytes) if owner is None else (owner.name, owner.nbytes)
+    first, second = graph_memory.compiled(passed), graph_memory.compiled(updated)
+    given = [value.name for value in updated.inputs]
+    gradients = dict(zip(given, first.results, strict=False))  # the state follows
+    linked = [one._replace(inputs=tuple(gradients.get(name, name) for name in one.inputs)) for one in second.operations]
+    results = [gradients.get(name, name) for name in second.results]
+    return Graph([*first.operations, *linked], results), held, changed
+
+
+def _long_array(step: Step, name: str) -> str:
+    """Return the path in the update's state of the array that holds a trained weight."""
+    layout = step.of_update.layout
+    if layout is None:
+        return f"weights.{name}"
+    holders = (key for key, places in layout.places.items() if any(path == name for path, _ in places))
+    return f"weights.{next(holders)}"
+
+
+def _state_dtype(step: Step) -> mx.Dtype:
+    """Return the dtype of the weights in the update's state; the model's are views of them if theirs is the same."""
+    dtype: mx.Dtype = tree_flatten(step.of_update.state["weights"])[0][1].dtype
+    return dtype
+
+
+def _trace_pass(step: Step, model: nn.Module, weights: dict[str, mx.array], rows: Rows) -> tuple[Traced, list[str]]:
+    """Return the graph of a forward and backward pass, and the names of the gradients.
+
+    Its arguments are tokens, marks and the weights; it returns the loss, the number of targets and the gradients.
+    """
+    names: list[str] = []
+
+    def compute(tokens: mx.array, marks: mx.array, *arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten(list(zip(weights, arrays, strict=True))))
+        total, count, tree = step.gradients(tokens, marks)
+        flat = tree_flatten(tree)
+        names[:] = [name for name, _ in flat]
+        return [total, count, *(value for _, value in flat)]
+
+    arguments = [mx.zeros(rows.tokens.shape, mx.int32), mx.zeros(rows.marks.shape, mx.uint8), *weights.values()]
+    traced = trace(compute, arguments, prefix="pass ")
+    model.update(tree_unflatten(list(weights.items())))
+    return traced, names
+
+
+def _trace_update(
+    step: Step, model: nn.Module, results: Sequence[Value], names: list[str], state: dict[str, mx.array]
+) -> Traced:
+    """Return the graph of an update: of the results of a pass and the state; it returns the new state and weights."""
+    update = step.of_update
+    dtypes = {4: mx.float32, 2: mx.bfloat16}
+
+    def compute(total: mx.array, count: mx.array, *arrays: mx.array) -> list[mx.array]:
+        _assign(update.state, dict(zip(state, arrays[len(names) :], strict=True)))
+        tree = tree_unflatten(list(zip(names, arrays, strict=False)))
+        outcome = update(total, count, update.join(tree))
+        changed = [*tree_flatten(model.trainable_parameters()), *tree_flatten(update.state)]  # as they are evaluated
+        return [*outcome, *(value for _, value in changed)]
+
+    arguments = [mx.zeros(value.shape, dtypes[value.itemsize]) for value in results]
+    traced = trace(compute, [*arguments, *state.values()], prefix="update ")
+    _assign(update.state, state)
+    return traced
+
+
+def _assign(tree: Any, arrays: dict[str, mx.array], path: str = "") -> None:
+    """Set the leaves of a tree by their paths."""
+    for key, value in list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)):
+        if isinstance(value, mx.array):
+            tree[key] = arrays[f"{path}{key}"]
+        elif isinstance(value, dict | list):
+            _assign(value, arrays, f"{path}{key}.")

@@ -1,0 +1,82 @@
+"""The memory of a graph's arrays by MLX's rules, from shapes; every case is small enough to count by hand."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+
+from mlxflow.ops.graph_trace import Operation, Traced, Value
+from mlxflow.training.graph_memory import Graph, compiled, peak_bytes
+
+MB = 1 << 20
+
+
+def _value(name: str, megabytes: int = 1) -> Value:
+    return Value(name, (megabytes, MB // 4), 4)
+
+
+def _operation(name: str, inputs: str, output: str, megabytes: int = 1) -> Operation:
+    return Operation(name, "", tuple(inputs.split()), (_value(output, megabytes),))
+
+
+def _chain(kind: str, length: int) -> list[Operation]:
+    names = ["x", *(f"y{number}" for number in range(length))]
+    return [_operation(kind, before, after) for before, after in itertools.pairwise(names)]
+
+
+def _peak(operations: Sequence[Operation], *results: str, lag: int = 0, held: int = MB) -> float:
+    return peak_bytes(Graph(operations, results), held, {}, lag=lag) / MB
+
+
+def test_a_product_needs_its_input_and_its_result() -> None:
+    assert _peak(_chain("Matmul", 5), "y4") == 3  # the input of all, and of each product its input and result
+
+
+def test_an_elementwise_operation_writes_into_an_input_that_nothing_else_needs() -> None:
+    assert _peak(_chain("Exp", 5), "y4") == 2
+    assert _peak([*_chain("Exp", 2), _operation("Matmul", "y0 y1", "z")], "z") == 4
+
+
+def test_buffers_are_freed_when_the_device_is_done() -> None:
+    assert _peak(_chain("Matmul", 9), "y8", lag=4) == 5
+    assert _peak(_chain("Matmul", 9), "y8", lag=100) == 10
+
+
+def test_views_share_the_buffer_and_keep_it() -> None:
+    operations = [
+        _operation("Matmul", "x", "a"),
+        _operation("Transpose", "a", "b"),
+        _operation("Matmul", "x", "c"),
+        _operation("Matmul", "b c", "d"),
+    ]
+    assert _peak(operations, "d") == 4
+    copied = [*operations[:2], _operation("Reshape", "b", "e"), _operation("Matmul", "e", "d")]
+    assert _peak(copied, "d") == 3  # a transposed array is copied to be reshaped
+    assert _peak([operations[0], _operation("Reshape", "a", "e")], "e") == 2
+
+
+def test_inputs_that_are_replaced_are_freed_once_for_all_their_views() -> None:
+    changed = {"w": ("weights", 4 * MB), "view of w": ("weights", 4 * MB)}
+    operations = [_operation("Matmul", "view of w", "g", 4), _operation("Compiled", "w g", "new", 4)]
+    assert peak_bytes(Graph(operations, ["new"]), 0, changed, lag=0) / MB == 8
+
+
+def test_equal_operations_are_merged_and_unneeded_ones_left_out() -> None:
+    operations = [
+        _operation("Matmul", "x", "a"),
+        _operation("Matmul", "x", "b"),
+        Operation("Matmul", "other", ("x",), (_value("c"),)),
+        _operation("Copy", "b", "d"),
+        _operation("Concatenate", "a c d", "e", 3),
+        _operation("Matmul", "x e", "unneeded"),
+    ]
+    graph = compiled(Traced(operations, [_value("x")], [_value("e", 3)]))
+    assert [one.name for one in graph.operations] == ["Matmul", "Matmul", "Concatenate"]
+    assert graph.operations[-1].inputs == ("a", "c", "a")
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_elementwise_operations_are_fused_unless_something_else_needs_them(is_used: bool) -> None:
+    operations = [*_chain("Exp", 3), _operation("Matmul", "y0 y2" if is_used else "y2", "z")]
+    graph = compiled(Traced(operations, [_value("x")], [_value("z")]))
+    assert [one.name for one in graph.operations] == (["Exp"] if is_used else []) + ["Compiled", "Matmul"]
