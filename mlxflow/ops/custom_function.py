@@ -1,6 +1,6 @@
 """`mx.custom_function` whose calls can be followed: functions with a gradient of their own.
 
-MLX keeps such a call in its graph as an operation that it cannot export. While a `Recorder` is installed, calls go to
+MLX keeps such a call in its graph as an operation that it cannot export. While a `CallRecorder` is installed, calls go to
 it instead, so that the graph of a training step can be traced without one (`ops/graph_trace.py`).
 """
 
@@ -43,7 +43,7 @@ class CustomFunction:
         return self._function(*arguments) if recorder is None else recorder.call(self, arguments)
 
 
-class Recorder(Protocol):
+class CallRecorder(Protocol):
     """Takes the calls of custom functions while it is installed."""
 
     def call(self, function: CustomFunction, arguments: tuple[Any, ...]) -> Any:
@@ -51,7 +51,7 @@ class Recorder(Protocol):
         ...
 
 
-_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+_recorder: ContextVar[CallRecorder | None] = ContextVar("recorder", default=None)
 
 
 def custom_function(forward: Callable[..., Any]) -> CustomFunction:
@@ -60,7 +60,7 @@ def custom_function(forward: Callable[..., Any]) -> CustomFunction:
 
 
 @contextmanager
-def recorded(recorder: Recorder) -> Any:
+def recorded(recorder: CallRecorder) -> Any:
     """Send the calls of all custom functions to a recorder until the block ends."""
     token = _recorder.set(recorder)
     try:

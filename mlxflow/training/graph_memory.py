@@ -43,7 +43,7 @@ class Graph(NamedTuple):
 
 
 def compiled(traced: Traced) -> Graph:
-    """Return the graph that `mx.compile` makes of a function's; its results are in the same order."""
+    """Return the graph that `mx.compile` returns for a function's; its results are in the same order."""
     return _fused(_simplified(Graph(traced.operations, [value.name for value in traced.outputs])))
 
 
@@ -149,11 +149,9 @@ def _compiled(
 def scheduled(graph: Graph) -> list[Operation]:
     """Return the operations in the order in which MLX evaluates them."""
     makers = {value.name: operation for operation in graph.operations for value in operation.outputs}
-    ends = tuple(name for name in graph.results if name in makers)
-    uses = Counter(_first(makers, name) for name in ends)
-    for operation in graph.operations:
-        uses.update(_first(makers, name) for name in operation.inputs if name in makers)
-    tape = [Operation("", "", ends, ())]
+    end = Operation("", "", tuple(graph.results), ())
+    uses = Counter(_first(makers, name) for one in (end, *graph.operations) for name in one.inputs if name in makers)
+    tape = [end]
     stack: list[tuple[Operation, int]] = []
     place = 0
     while place < len(tape) or stack:
@@ -162,10 +160,8 @@ def scheduled(graph: Graph) -> list[Operation]:
             place += 1
         else:
             operation, begin = stack.pop()
-        for number in range(begin, len(operation.inputs)):
-            name = operation.inputs[number]
-            if name not in makers:
-                continue
+        names = [name for name in operation.inputs if name in makers]
+        for number, name in enumerate(names[begin:], begin):
             if len(tape) - place >= _MAX_WIDTH:
                 stack.append((operation, number))
                 break
@@ -215,6 +211,36 @@ class _Memory:
         if not buffer.uses:
             self._held -= buffer.nbytes
 
+    def having(self, names: Iterable[str]) -> list[str]:
+        """Return the names that have a buffer, without repetitions: constants have none."""
+        return [name for name in dict.fromkeys(names) if name in self.of]
+
+
+class _Device:
+    """Operations that were sent to the device: it needs their inputs until it is done.
+
+    Args:
+        memory: of the arrays.
+        lag: see `peak_bytes`.
+    """
+
+    def __init__(self, memory: _Memory, lag: int) -> None:
+        self._memory = memory
+        self._lag = lag
+        self._count = 0
+        self._under_way: deque[tuple[int, list[_Buffer]]] = deque()
+
+    def finish_early_ones(self) -> None:
+        while self._under_way and self._under_way[0][0] <= self._count - self._lag:
+            for buffer in self._under_way.popleft()[1]:
+                self._memory.release(buffer)
+
+    def send(self, inputs: list[_Buffer], *, is_view: bool) -> None:
+        self._count += 1 if is_view else 2
+        for buffer in inputs:
+            buffer.uses += 1
+        self._under_way.append((self._count, inputs))
+
 
 def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, int]], *, lag: int) -> int:
     """Return the peak of the memory of a graph's arrays.
@@ -227,6 +253,7 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
         lag: dispatches that the host is ahead of the device; an operation makes two, a view one.
     """
     memory = _Memory(held_bytes)
+    device = _Device(memory, lag)
     first = {name: memory.allocate(size) for name, size in dict(changed.values()).items()}
     for name, (buffer_name, _) in changed.items():
         memory.bind(name, first[buffer_name])
@@ -234,28 +261,20 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
     uses = Counter(name for operation in order for name in set(operation.inputs))
     uses.update(graph.results)  # never used up
     scattered: set[str] = set()
-    under_way: deque[tuple[int, list[_Buffer]]] = deque()
-    count = 0
     for operation in order:
-        while under_way and under_way[0][0] <= count - lag:
-            for buffer in under_way.popleft()[1]:
-                memory.release(buffer)
+        device.finish_early_ones()
+        inputs = memory.having(operation.inputs)
+        used = list(dict.fromkeys(memory.of[name] for name in inputs))
         is_view = _is_view(operation, scattered)
-        count += 1 if is_view else 2
-        used = list(dict.fromkeys(memory.of[name] for name in operation.inputs if name in memory.of))
         if is_view:
             _bind_view(operation, memory, scattered)
         else:
-            ending = [name for name in dict.fromkeys(operation.inputs) if name in memory.of and uses[name] == 1]
-            taken = _bind_results(operation, memory, ending)
+            taken = _bind_results(operation, memory, [name for name in inputs if uses[name] == 1])
             used = [buffer for buffer in used if buffer not in taken]
-        for buffer in used:
-            buffer.uses += 1
-        under_way.append((count, used))
-        for name in dict.fromkeys(operation.inputs):
-            uses[name] -= 1
-        for name in dict.fromkeys((*operation.inputs, *(value.name for value in operation.outputs))):
-            if name in memory.of and not uses[name]:
+        device.send(used, is_view=is_view)
+        uses.subtract(set(operation.inputs))
+        for name in memory.having((*operation.inputs, *(value.name for value in operation.outputs))):
+            if not uses[name]:
                 memory.release(memory.of.pop(name))
     return memory.peak
 
