@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops import document_mask, patching
+from mlxflow.ops.copying_products import copying_products
 
 # Largest depth of a body below the model: `language_model.model` is 2
 _DEEPEST = 3
@@ -44,10 +45,11 @@ class Body:
         Args:
             model: of any architecture; maps (B, L) ids to (B, L, V) logits.
         """
-        for path in _candidates(model):
-            body = cls(model, path)
-            if body._is_one():
-                return body
+        with copying_products():
+            for path in _candidates(model):
+                body = cls(model, path)
+                if body._is_one():
+                    return body
         return cls(model, None)
 
     def hidden(self, tokens: mx.array, marks: mx.array | None) -> mx.array:

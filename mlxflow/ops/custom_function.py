@@ -1,7 +1,7 @@
 """`mx.custom_function` whose calls can be followed: functions with a gradient of their own.
 
-MLX keeps such a call in its graph as an operation that it cannot export. While a `CallRecorder` is installed, calls go to
-it instead, so that the graph of a training step can be traced without one (`ops/graph_trace.py`).
+MLX keeps such a call in its graph as an operation that it cannot export. While a `CallRecorder` is installed, calls go
+to it instead, so that the graph of a training step can be traced without one (`ops/graph_trace.py`).
 """
 
 from collections.abc import Callable

@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflow.models import quantized_layers
+from mlxflow.ops.copying_products import copying_products
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.patching import layer_method
 from mlxflow.ops.quantized_matmul import Format
@@ -71,7 +72,7 @@ def find_head(model: nn.Module, vocab_size: int) -> Head | None:
         return None
     tokens = mx.arange(1, 9)[None] % vocab_size
     try:
-        with evaluating(model):
+        with evaluating(model), copying_products():
             is_plain = _returns_the_product(model, body, layer, tokens, "as_linear" if is_tied else "__call__")
     except (AttributeError, TypeError, ValueError):
         return None

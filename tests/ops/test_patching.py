@@ -34,6 +34,7 @@ from mlxflow.ops import (
     patching,
     quantized_matmul,
 )
+from mlxflow.ops.copying_products import copying_products
 from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.patching import Replacement, active
 from mlxflow.ops.swiglu_cpu import replaced_swiglu
@@ -125,6 +126,17 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
         "mlxflow.ops.gradient_checkpointing",
         lambda model: recomputed(model, every=1),
         {"class of mlx_lm.models.llama.TransformerBlock", "class of mlx_lm.models.llama.MLP"},
+    ),
+    (
+        "mlxflow.ops.copying_products",
+        lambda _: copying_products(),
+        {
+            f"{LAYERS}.linear.Linear.__call__",
+            f"{LAYERS}.quantized.QuantizedLinear.__call__",
+            f"{LAYERS}.embedding.Embedding.as_linear",
+            f"{LAYERS}.quantized.QuantizedEmbedding.as_linear",
+            "mlx_lm.tuner.dora.DoRALinear.__call__",
+        },
     ),
     ("mlxflow.ops.adapter_products", lambda _: _adapters(), {"mlx_lm.tuner.lora.LoRALinear.__call__"}),
     (
