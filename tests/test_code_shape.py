@@ -73,6 +73,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/quantization/start_grid.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/table_checks.py": "tests/test_number_bounds.py",
     "mlxflow/quantization/table_requests.py": "tests/stages/test_quantize.py",
+    "mlxflow/report/evaluation_figures.py": "tests/stages/test_evaluate.py",
     "mlxflow/report/stage_reports/evaluate.py": "tests/stages/test_evaluate.py",
     "mlxflow/report/stage_reports/export.py": "tests/stages/test_export.py",
     "mlxflow/workflow/artifact_card.py": "tests/stages/test_export.py",

@@ -64,6 +64,10 @@ def test_chat_lora_teaches_the_conversations(copied: Path, monkeypatch: pytest.M
     _build("workflow.toml", "pretokenize", "train")
     assert _improves("artifacts/train")
     assert (project / "artifacts/train/adapters/adapters.safetensors").is_file()
+    _build("workflow.toml", "quantize", "evaluate")
+    base, tuned, _ = tomllib.loads((project / "artifacts/evaluate/report.toml").read_text())["accuracies"]
+    assert all(one["uses_chat"] for one in (base, tuned))
+    assert tuned["accuracy"] > base["accuracy"]
 
 
 def test_pretrain_then_chat_is_one_graph_in_which_each_model_improves(

@@ -8,7 +8,7 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +126,14 @@ def evaluate_lm_eval(
     with _quiet():
         from lm_eval.evaluator import evaluate
 
-        adapter = _adapter(model, folder, positions=positions, batch_size=batch_size, chat=rule.chat)
+        def refuse(count: int) -> None:
+            if count and not rule.truncates:
+                raise SourceError(
+                    f"{task.key}: {count:,} prompts do not fit into the {positions:,} positions of {name}. "
+                    "Lower num_fewshot, or let prompts be truncated."
+                )
+
+        adapter = _adapter(model, folder, refuse, positions=positions, batch_size=batch_size, chat=rule.chat)
         if adapter.use_chat_template and adapter.tokenizer.chat_template is None:
             raise CallError(f"{folder}: has no chat template, and {task.key} needs one. Leave out {name}, or the task.")
         _seed(task, rule.num_fewshot)
@@ -139,13 +146,10 @@ def evaluate_lm_eval(
                 apply_chat_template=adapter.use_chat_template,
                 fewshot_as_multiturn=adapter.use_chat_template,
             )
+        except SourceError:
+            raise
         except Exception as error:  # of the task's own code, or of a metric
             raise StageError(f"{task.key} on {name}: lm-eval failed: {reason_of(error)}") from error
-    if adapter.num_truncated and not rule.truncates:
-        raise SourceError(
-            f"{task.key}: {adapter.num_truncated:,} prompts do not fit into the {positions:,} positions of {name}. "
-            "Lower num_fewshot, or let prompts be truncated."
-        )
     samples: Mapping[str, list[dict[str, Any]]] = results["samples"]
     metric = _metric(samples, rule.metric, task.key)
     items = [*_items(samples, metric)]
@@ -174,8 +178,19 @@ def _seed(task: LmEvalTask, num_fewshot: int | None) -> None:
         one.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
-def _adapter(model: Any, folder: Path, *, positions: int, batch_size: int, chat: bool | None) -> Any:
-    """Return mlx-lm's adapter around a model; it counts the requests whose prompts do not fit."""
+def _adapter(
+    model: Any, folder: Path, check: Callable[[int], None], *, positions: int, batch_size: int, chat: bool | None
+) -> Any:
+    """Return mlx-lm's adapter around a model; it counts the requests whose prompts do not fit.
+
+    Args:
+        model: of mlx-lm.
+        folder: of the model, for its tokenizer.
+        check: takes the number of requests that do not fit before they are run.
+        positions: that the model is made for.
+        batch_size: prompts that are generated from together.
+        chat: whether prompts go through the chat template; None for as the model has one.
+    """
     from mlx_lm.evaluate import MLXLM
     from mlx_lm.tokenizer_utils import load as load_tokenizer
 
@@ -191,7 +206,7 @@ def _adapter(model: Any, folder: Path, *, positions: int, batch_size: int, chat:
             self.num_truncated = 0
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            self._count(requests, [request.args[0] + request.args[1] for request in requests], 1)
+            self._count([request.args[0] + request.args[1] for request in requests], 1)
             self._max_tokens = positions  # else it would be 8,192, whatever the model
             try:
                 found: list[tuple[float, bool]] = super().loglikelihood(requests)
@@ -200,17 +215,18 @@ def _adapter(model: Any, folder: Path, *, positions: int, batch_size: int, chat:
             return found
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            self._count(requests, [request.args[0] for request in requests], 1)
+            self._count([request.args[0] for request in requests], 1)
             found: list[float] = super().loglikelihood_rolling(requests)
             return found
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            self._count(requests, [request.args[0] for request in requests], 0)
+            self._count([request.args[0] for request in requests], 0)
             found: list[str] = super().generate_until(requests)
             return found
 
-        def _count(self, requests: list[Any], texts: list[str], unread: int) -> None:
+        def _count(self, texts: list[str], unread: int) -> None:
             self.num_truncated += sum(len(ids) - unread > positions for ids in self._tokenize(texts))
+            check(self.num_truncated)
 
     return Adapter()
 

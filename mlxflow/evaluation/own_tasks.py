@@ -185,11 +185,14 @@ def _completions(task: EncodedTask, results: Sequence[Sequence[LogLikelihood]]) 
 
 
 def _choices(task: EncodedTask, results: Sequence[Sequence[LogLikelihood]], rule: ScoringRule) -> TaskResult:
-    """Return the results of multiple choice by both rankings; the rule says which one counts."""
+    """Return the results of multiple choice by both rankings; the rule says which one counts.
+
+    As in lm-eval's `acc_norm`, the space before a choice is not one of its characters.
+    """
     rankings: dict[bool, list[float]] = {False: [], True: []}
     for one, own in zip(task.items, results, strict=True):
         nats = [each.nats for each in own]
-        per_character = [each / len(text) for each, text in zip(nats, one.item.texts, strict=True)]
+        per_character = [each / len(text.strip()) for each, text in zip(nats, one.item.texts, strict=True)]
         for is_normalized, values in ((False, nats), (True, per_character)):
             rankings[is_normalized].append(float(values.index(max(values)) == one.item.right))
     items = [

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from mlxflow.evaluation.task_inputs import task_files
 from mlxflow.evaluation.task_table import TaskTable
+from mlxflow.messages import terminal
 from mlxflow.messages.errors import StageError
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context
@@ -16,7 +17,7 @@ from mlxflow.storage.toml_tables import MAX_ROWS, Problem
 from mlxflow.workflow.stage import Artifacts, Beside, model_files_of
 
 if TYPE_CHECKING:
-    from mlxflow.evaluation.job import Evaluated, EvaluationRequest
+    from mlxflow.evaluation.job import EvaluationRequest
     from mlxflow.evaluation.lm_eval_tasks import LmEvalRule
     from mlxflow.evaluation.own_tasks import ScoringRule
     from mlxflow.report.stage_reports.evaluate import AccuracyRow, DifferenceRow, EvaluateReport
@@ -171,6 +172,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: an accuracy is below a gate, or a result is not finite.
     """
     from mlxflow.evaluation.job import run_job
+    from mlxflow.report.evaluation_figures import accuracy_row, difference_rows, warnings_of
     from mlxflow.report.stage_reports.evaluate import EvaluateReport, EvaluateRun
 
     found = run_job(_request(config, inputs, context), context)
@@ -178,15 +180,18 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         for one in found:
             for item in one.result.items:
                 file.write(msgspec.json.encode({"task": one.task, "model": one.model, **item.named()}) + b"\n")
-    rows = tuple(_accuracy(one) for one in found)
-    differences = tuple(_differences(found, inputs.names[0], config.confidence))
+    rows = tuple(accuracy_row(one) for one in found)
+    differences = tuple(difference_rows(found, inputs.names[0], confidence=config.confidence))
     if lines := [*_missed(config, context.task, rows, differences)]:
         raise StageError("\n".join(lines))
+    warnings = tuple(warnings_of(rows))
+    terminal.say(*warnings)
     known = sum(one.is_known for one in found)
     return EvaluateReport(
         confidence=config.confidence,
         accuracies=rows,
         differences=differences,
+        warnings=warnings,
         run=EvaluateRun(computed=len(found) - known, known=known),
     )
 
@@ -231,37 +236,6 @@ def _rule(task: TaskTable, config: Config) -> "ScoringRule | LmEvalRule":
         task.ignore_case,
         truncates,
     )
-
-
-def _accuracy(one: "Evaluated") -> "AccuracyRow":
-    from mlxflow.evaluation.accuracy import accuracy_of
-    from mlxflow.report.stage_reports.evaluate import AccuracyRow
-
-    found = accuracy_of([item.score for item in one.result.items])
-    return AccuracyRow(
-        task=one.task,
-        model=one.model,
-        kind=one.result.kind,
-        uses_chat=one.result.uses_chat,
-        items=len(one.result.items),
-        accuracy=found.mean,
-        standard_error=found.standard_error,
-        truncated=one.result.num_truncated,
-        metrics=one.result.metrics,
-    )
-
-
-def _differences(found: "list[Evaluated]", reference: str, confidence: float) -> "Iterator[DifferenceRow]":
-    """Yield the difference of each other model from the first on each task."""
-    from mlxflow.evaluation.accuracy import paired_difference
-    from mlxflow.report.stage_reports.evaluate import DifferenceRow
-
-    first = {one.task: [item.score for item in one.result.items] for one in found if one.model == reference}
-    for one in found:
-        if one.model != reference:
-            scores = [item.score for item in one.result.items]
-            compared = paired_difference(scores, first[one.task], confidence=confidence)
-            yield DifferenceRow(task=one.task, model=one.model, reference=reference, **compared._asdict())
 
 
 def _missed(

@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+from mlxflow.evaluation.accuracy import accuracy_of
+from mlxflow.evaluation.item_tokens import ItemEncoder
+from mlxflow.evaluation.own_tasks import ScoringRule, TaskNames, encode_task, evaluate_task
+from mlxflow.evaluation.task_file import TaskFile, TaskItem
+from mlxflow.evaluation.text_generation import Writer
 from tests.evaluation.test_text_generation import TEMPLATE, TEXTS
 from tests.small_models import write_llama
 
@@ -44,7 +49,7 @@ generation_kwargs: {until: ["zzz"], max_gen_toks: 5}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """
-WORDS = [
+WORDS: list[dict[str, Any]] = [
     {"question": f"what is {one}", "choices": ["a note?", "a line of text.", "small"], "answer": number % 3}
     for number, one in enumerate(("it?", "a note?", "a small model?", "text?", "why?"))
 ]
@@ -137,6 +142,31 @@ def test_local_tasks_run_offline_with_the_numbers_of_mlx_lms_adapter(place: Path
     assert any(one[3] for one in items)
     assert [one[1] for one in items] == scores
     assert metrics == {"exact_match": sum(scores) / 5}
+
+
+def test_items_of_ones_own_get_the_numbers_of_lm_eval(place: Path) -> None:
+    ((scores, responses, table),) = _run(place, OWN, [("words.yaml", 0, False, 64)])
+    file = TaskFile(
+        "choice",
+        [
+            TaskItem(line, one["question"], (), tuple(f" {text}" for text in one["choices"]), one["answer"])
+            for line, one in enumerate(WORDS, 1)
+        ],
+        [],
+    )
+    rule = ScoringRule("never", 0, False, 4, (), "", False, True)
+    names = TaskNames("words.jsonl", "train", "evaluate.tasks[0]")
+    encoder = ItemEncoder(place / "model")
+    task = encode_task(file, place / "model", rule, positions=64, names=names, encoder=encoder)
+    encoder.close()
+    writer = Writer(place / "model")
+    for batch_size in (1, 4):
+        found = evaluate_task(task, writer, writer.model, rule, batch_size=batch_size, names=names)
+        assert [item.score for item in found.items] == scores
+        for item, other in zip(found.items, responses, strict=True):
+            assert item.nats == pytest.approx([nats for nats, _ in other], rel=1e-5)
+    assert found.metrics == {"accuracy_by_sum": table["acc,none"], "accuracy_per_character": table["acc_norm,none"]}
+    assert accuracy_of(scores).standard_error == pytest.approx(table["acc_stderr,none"])
 
 
 def test_what_cannot_be_run_is_one_line(place: Path) -> None:

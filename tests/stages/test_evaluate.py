@@ -299,3 +299,50 @@ def test_a_workflow_of_folders_only_trains_nothing(project: Path, monkeypatch: p
     assert [one.task for one in workflow.stages] == ["evaluate"]
     folder = execute_stage(workflow, workflow.find("evaluate"), into=project / "elsewhere")
     assert read_report(folder / "report.toml")["accuracies"][0]["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_models_that_are_asked_in_different_ways_are_warned_of(place: Path) -> None:
+    talking = place / "talking"
+    shutil.rmtree(talking, ignore_errors=True)
+    shutil.copytree(place / "artifacts/train", talking, ignore=shutil.ignore_patterns("checkpoints"))
+    (talking / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    report = _evaluated(place, 'models = ["train", "talking"]\ntasks = ["choices.jsonl"]')
+    assert report["warnings"] == [
+        "choices: talking is asked through its chat template, and train without one, which is part of their "
+        'difference. Set chat = "never" for the task, or compare models of one kind.'
+    ]
+    assert [one["nats"] for one in _items(place)[:3]] == [one["nats"] for one in _items(place)[3:]]  # the same text
+    never = 'models = ["train", "talking"]\ntasks = [{ source = "choices.jsonl", chat = "never" }]'
+    assert "warnings" not in _evaluated(place, never)
+
+
+def test_a_repetition_for_comparison_takes_nothing_from_the_cache(place: Path) -> None:
+    table = 'models = ["train"]\ntasks = ["choices.jsonl"]'
+    _evaluated(place, table)
+    workflow = load_workflow(place / "evaluate.toml")
+    folder = execute_stage(workflow, workflow.find("evaluate"), into=place / "again")
+    assert read_report(folder / "report.toml")["run"]["computed"] == 1
+    assert (folder / "items.jsonl").read_bytes() == (place / "artifacts/evaluate/items.jsonl").read_bytes()
+
+
+def test_variants_share_what_is_known_and_a_gguf_file_is_a_model(place: Path) -> None:
+    pytest.importorskip("gguf")
+    text = f"""{HEAD}[export]
+[[evaluate]]
+name = "a"
+models = ["train"]
+tasks = ["choices.jsonl"]
+[[evaluate]]
+name = "b"
+models = ["train", "artifacts/export/model.gguf"]
+tasks = ["choices.jsonl"]
+"""
+    (place / "evaluate.toml").write_text(text.replace(', "artifacts/export/model.gguf"', ""))
+    workflow = load_workflow(place / "evaluate.toml")
+    for task in ("export", "evaluate:a"):
+        execute_stage(workflow, workflow.find(task))
+    (place / "evaluate.toml").write_text(text)
+    workflow = load_workflow(place / "evaluate.toml")
+    report = read_report(execute_stage(workflow, workflow.find("evaluate:b")) / "report.toml")
+    assert (report["run"]["computed"], report["run"]["known"]) == (1, 1)
+    assert [one["accuracy"] for one in report["accuracies"]] == pytest.approx([2 / 3, 2 / 3])

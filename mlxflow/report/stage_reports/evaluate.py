@@ -81,10 +81,12 @@ class EvaluateReport(StageReport, frozen=True, kw_only=True):
         confidence: of the intervals of differences.
         accuracies: of each model on each task, in the order of the tasks.
         differences: of each other model from the first; empty for one model.
+        warnings: about models that were not asked in the same way.
         run: what was computed.
     """
 
     confidence: float
     accuracies: tuple[AccuracyRow, ...]
     differences: tuple[DifferenceRow, ...] = ()
+    warnings: tuple[str, ...] = ()
     run: EvaluateRun
