@@ -120,7 +120,9 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
                 if is_single and (stale := self._stale_upstream()):
                     terminal.say(*stale)
                     return 1
-                return run()
+                code = run()
+            _say_tracked(artifacts)
+            return code
         except LockedError as error:
             terminal.say_error(error)
             return 1
@@ -152,6 +154,15 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
                 for one in planned
             ]
         return lines
+
+
+def _say_tracked(artifacts: Path) -> None:
+    """Print what was said of the stages that are reported to trackers, which may have ended before that."""
+    folder = artifacts / layout.STATE / layout.TRACKING
+    if any(folder.glob("*.json")) or any(folder.glob("*.said")):
+        from mlxflow.workflow.stage_tracking import closing_lines_of
+
+        terminal.say(*closing_lines_of(artifacts.parent))
 
 
 def _tidy(journal: Journal, adoption: Adoption, artifacts: Path) -> None:

@@ -143,6 +143,7 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
         (),
     ),
     "the name shown in reports": (lambda job: job.replace('name = "tiny"', 'name = "small"'), (REPORT,)),
+    "trackers": (lambda job: job.replace("[profile]", '[tracking]\nto = ["tensorboard"]\n[profile]'), ()),
     "touched source": (lambda job: _touch(job, "notes/03.txt"), ()),
     "touched artifact": (lambda job: _touch(job, "artifacts/train/model.safetensors"), ()),
     "a default written out": (lambda job: job.replace("[profile]", '[profile]\ninput = "train"'), ()),

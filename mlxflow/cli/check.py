@@ -18,6 +18,7 @@ from mlxflow.training import length, run_warnings
 from mlxflow.workflow.loader import load_workflow, resolved_toml
 from mlxflow.workflow.model import Stage, Workflow
 from mlxflow.workflow.stage import names_stage, token_stage
+from mlxflow.workflow.stage_tracking import require_trackers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Print the resolved workflow and the stages that are left out."""
     workflow = load_workflow(parsed.workflow)
+    require_trackers(workflow)
     check_plans(workflow)
     for name, reasons in workflow.left_out.items():
         terminal.say(f"{name}: left out, for no [{name}] is written and its defaults do not fit:", *reasons)

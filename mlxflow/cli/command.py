@@ -37,6 +37,7 @@ VERBS = {
     "compare": "compare two benchmark reports; differences within measurement noise are marked as noise",
     "promises": "print each promise with its figure on this machine; exit code 1 if one fails",
     "report": "write the HTML page about a run, finished or not: artifacts/index.html",
+    "track": "report stages that are built to the trackers of the table [tracking]; what they have is not sent again",
     "completion": "print a script by which bash, zsh or fish completes commands, options, files and stages",
     "chat": "talk with a chat model in the terminal",
     "serve": "answer requests of OpenAI's API over HTTP with a model, on this machine",

@@ -3,6 +3,7 @@
 import argparse
 
 from mlxflow.cli.arguments import add_workflow, read_stage, user_path
+from mlxflow.messages import terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,3 +32,7 @@ def run(parsed: argparse.Namespace) -> None:
     workflow, one = read_stage(parsed)
     execute = execute_stage if started_by_doit else run_stage
     execute(workflow, one, parsed.into)
+    if not started_by_doit and workflow.tracking.to:
+        from mlxflow.workflow.stage_tracking import closing_lines_of
+
+        terminal.say(*closing_lines_of(workflow.root))

@@ -6,6 +6,7 @@
         index.html, compare.html            the page of one run, and of several side by side
         train/, quantize/q4/ ...            one folder for each stage or variant, with its report.toml
         logs/train.log                      output of the stage's last run
+        tracking/tensorboard/ ...           local files of experiment trackers
         .mlxflow/                           state; removing it only costs time
             state.jsonl                     doit's records
             graph.json                      the workflow, resolved
@@ -14,6 +15,7 @@
             shards/                         tokenized shards, by content
             unfinished/train/0123456789ab/  checkpoints of an interrupted run
             ranks/train/1/                  what a rank of a running distributed training writes, and no one reads
+            tracking/                       requests to report running stages to trackers
             reproduce-*/                    builds of `doit reproduce`
 
 No other module spells these names.
@@ -40,6 +42,9 @@ STATE, LOGS = ".mlxflow", "logs"
 #: Files and folders of the state.
 JOURNAL, GRAPH, DIGESTS, LOCK = "state.jsonl", "graph.json", "digests.json", "lock"
 SHARDS, UNFINISHED, RANKS = "shards", "unfinished", "ranks"
+
+#: The folder of trackers' local files in the artifacts folder, and of requests in the state.
+TRACKING = "tracking"
 
 #: Prefixes of the names of folders in which a stage is built again.
 REPRODUCTION_PREFIX = "reproduce-"

@@ -195,9 +195,24 @@ def _read_value(
     try:
         return msgspec.convert(_without_limit(type_) if value == math.inf else value, type_)
     except msgspec.ValidationError:
+        if wrong := list(_wrong_names(value, bare)):
+            lines.extend(problem_message(problem, file, f"{dotted}[{number}]") for number, problem in wrong)
+            return None
         advice = f"Set {dotted} to one." if field.required else _advise_default(dotted, field)
         lines.append(problem_message(Problem("", value, f"expected {describe(type_)}", advice), file, dotted))
         return None
+
+
+def _wrong_names(value: object, bare: Any) -> Iterator[tuple[int, Problem]]:
+    """Yield number and problem of each entry of a list that is none of the names that its entries may be."""
+    item = get_args(bare)[0] if get_origin(bare) is tuple else None
+    names = get_args(item) if get_origin(item) is Literal else ()
+    if isinstance(value, list) and names and all(isinstance(name, str) for name in names):
+        for number, entry in enumerate(value):
+            if entry not in names:
+                near = _nearest(entry, list(names)) if isinstance(entry, str) and len(entry) <= _MAX_GUESSED else ""
+                advice = f"Did you mean {toml_value(near)}?" if near else "Use one of them, or remove it."
+                yield number, Problem("", entry, f"expected {describe(item)}", advice)
 
 
 def _without_limit(type_: Any) -> float:

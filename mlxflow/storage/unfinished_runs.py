@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from mlxflow.storage import layout
 from mlxflow.storage.atomic_folders import remove_folder
+from mlxflow.storage.digests import digest_json
 
 KEPT_SECONDS = 7 * 24 * 3600
 
@@ -32,6 +33,12 @@ class Unfinished(NamedTuple):
     def remove(self) -> None:
         """Remove it."""
         remove_folder(self.folder)
+
+
+def key_of(settings_digest: str, inputs_digest: str, threads: int | None) -> str:
+    """Return a short key of the settings, the inputs and the number of threads of a run; None on a GPU."""
+    known = {"settings_digest": settings_digest, "inputs_digest": inputs_digest}
+    return digest_json(known | ({"threads": threads} if threads else {}))[:12]
 
 
 def stage_folder(state: Path, task: str) -> Path:

@@ -34,7 +34,7 @@ from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.user_folders import prepare_compiled_folder
-from mlxflow.workflow import artifact_card, rank_timing, ranked_execution
+from mlxflow.workflow import artifact_card, rank_timing, ranked_execution, stage_tracking
 from mlxflow.workflow.handover import Handover
 from mlxflow.workflow.model import Stage, Workflow
 from mlxflow.workflow.stage import outputs_of, paths_of, rooted, settings_digest
@@ -57,6 +57,8 @@ def execute_stage(workflow: Workflow, stage: Stage, into: Path | None = None, ha
     if into is not None and into.is_dir() and any(into.iterdir()) and not ownership.maker(into):
         raise CallError(f"--into {into}: holds files that no stage wrote. Name a new or an empty folder.")
     rank = of_this_process()
+    if into is None:
+        stage_tracking.require_trackers(workflow)
     if stage.ranks > 1 and rank.size == 1:
         _observe_inputs(workflow, stage)  # reports missing files once, and saves their digests for the ranks
         ranked_execution.run_ranks(workflow, stage, into, handover)
@@ -91,13 +93,16 @@ def _run(
     ranked_execution.join(rank)
     threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" else None
     folder = into or workflow.root / stage.folder
-    unfinished = unfinished_runs.folder_of(workflow.state, stage.task, _key_of(provenance, threads))
+    key = unfinished_runs.key_of(provenance["settings_digest"], provenance["inputs_digest"], threads)
+    unfinished = unfinished_runs.folder_of(workflow.state, stage.task, key)
     if into:
         unfinished = _prepare_scratch(folder, rank)
     if not rank.is_first:
         folder = ranked_execution.folder_of_rank(workflow, stage, rank)
     publishing = atomic_folders.publishing(folder, keep=lambda: ownership.foreign_names(folder))
-    with remote_code.trusting_code(workflow.trusts_code(stage)), publishing as private:
+    tracking = stage_tracking.tracked(workflow, stage, provenance, key, is_scratch=into is not None)
+    with remote_code.trusting_code(workflow.trusts_code(stage)), tracking as tracked, publishing as private:
+        tracked.begin()
         context = Context(
             task=stage.task,
             seed=workflow.settings.seed,
@@ -220,12 +225,6 @@ def _require_unchanged(
 
 def _published(folder: Path) -> Path | None:
     return folder if (folder / layout.REPORT).is_file() else None
-
-
-def _key_of(provenance: dict[str, str], threads: int | None) -> str:
-    """Return a short key of the settings, the inputs and the number of threads of a run."""
-    known = {key: provenance[key] for key in ("settings_digest", "inputs_digest")}
-    return settings_digest(known | ({"threads": threads} if threads else {}))[:12]
 
 
 def _identify_inputs(workflow: Workflow, stage: Stage, cache: ObservedInputs) -> dict[str, str]:

@@ -13,8 +13,7 @@ import msgspec
 
 from mlxflow.storage.toml_tables import UNLIMITED_MARK
 from mlxflow.workflow import stage
-from mlxflow.workflow.loader import STAGES
-from mlxflow.workflow.model import Settings
+from mlxflow.workflow.loader import STAGES, TABLES
 
 # Where a schema has the ones that it refers to
 _DEFINITIONS = "#/definitions/"
@@ -23,9 +22,9 @@ _DEFINITIONS = "#/definitions/"
 def workflow_schema() -> dict[str, Any]:
     """Return the JSON schema of a workflow file."""
     modules = {name: importlib.import_module(f"mlxflow.stages.{name}") for name in STAGES}
-    types = [Settings, *(module.Config for module in modules.values())]
+    types = [*TABLES.values(), *(module.Config for module in modules.values())]
     references, made = msgspec.json.schema_components(types, ref_template=_DEFINITIONS + "{name}")
-    tables = dict(zip(["workflow", *STAGES], (_key(reference) for reference in references), strict=True))
+    tables = dict(zip([*TABLES, *STAGES], (_key(reference) for reference in references), strict=True))
     definitions = {key: table for key, table in made.items() if key not in tables.values()}
     for name, key in tables.items():
         definitions[name] = made[key] | {"title": name}
@@ -38,7 +37,7 @@ def workflow_schema() -> dict[str, Any]:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "workflow.toml of mlxflow",
         "type": "object",
-        "properties": {"workflow": _reference("workflow")} | stages,
+        "properties": {name: _reference(name) for name in TABLES} | stages,
         "additionalProperties": False,
         "definitions": definitions,
     }

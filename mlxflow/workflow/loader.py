@@ -11,6 +11,7 @@ import msgspec
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage import paths
 from mlxflow.storage.toml_tables import Problem, problem_message, read_struct, toml_value, unknown_key
+from mlxflow.tracking.table import Tracking
 from mlxflow.workflow import stage, workflow_text
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.inputs import References
@@ -22,6 +23,9 @@ from mlxflow.workflow.stage_references import CycleError, Known, ReferenceRecord
 
 #: Every stage, in the order of `doit list`. To add one, add a file to `stages/` and its name here.
 STAGES = ("pretokenize", "train", "quantize", "export", "evaluate", "profile", "benchmark", "report")
+
+#: The tables that are no stages.
+TABLES: dict[str, type[msgspec.Struct]] = {"workflow": Settings, "tracking": Tracking}
 
 #: The most files that all stages may read together; a file counts once for each stage that reads it.
 _MAX_FILES = 100_000
@@ -58,18 +62,20 @@ class _WorkflowLoader:
         self.modules = {name: cast("StageModule", importlib.import_module(f"mlxflow.stages.{name}")) for name in STAGES}
 
     def load(self, path: Path, disk: Disk, text: str) -> Workflow:
-        settings = Settings()
+        tables: dict[str, Any] = {name: table() for name, table in TABLES.items()}
         read: dict[str, list[tuple[str | None, str, msgspec.Struct]]] = {}
         for name, table in self.document.items():
-            if name == "workflow":
+            if name in TABLES:
                 lines = self.mistakes[name]
-                settings = read_struct(table, Settings, file=self.shown, key=name, lines=lines) or settings
+                tables[name] = read_struct(table, TABLES[name], file=self.shown, key=name, lines=lines) or tables[name]
             elif name in STAGES:
                 read[name] = list(self._variants(name, table))
             else:
                 guesses = len(self.mistakes) < _MAX_LINES
-                self.mistakes[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown, guesses=guesses))
+                self.mistakes[name].append(unknown_key(name, [*TABLES, *STAGES], file=self.shown, guesses=guesses))
+        settings: Settings = tables["workflow"]
         workflow = Workflow(path, settings, disk, text)
+        workflow.tracking = tables["tracking"]
         lines = self.mistakes.get("workflow", [])
         workflow.ranks = read_ranks(settings.distributed, settings.device, disk, shown=self.shown, lines=lines)
         for name in STAGES:
@@ -317,7 +323,10 @@ def resolved_toml(workflow: Workflow) -> str:
     """Return the workflow as TOML with every default written out."""
     import tomli_w
 
-    document: dict[str, Any] = {"workflow": msgspec.to_builtins(workflow.settings)}
+    document: dict[str, Any] = {
+        "workflow": msgspec.to_builtins(workflow.settings),
+        "tracking": msgspec.to_builtins(workflow.tracking),
+    }
     for one in workflow.stages:
         table = msgspec.to_builtins(one.config)
         if one.variant:

@@ -19,6 +19,7 @@ from mlxflow.storage import layout, model_files, paths
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.run_context import Member
 from mlxflow.storage.toml_tables import Problem, toml_value
+from mlxflow.tracking.table import Tracking
 from mlxflow.workflow import stage
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.handover import Basis
@@ -73,7 +74,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "empty: those that have a table in this file, or all stages if none has"
         ),
     ] = ()
-
     distributed: Annotated[
         Distributed, Meta(description="processes that train a model together; how many changes no artifact")
     ] = Distributed()
@@ -244,6 +244,7 @@ class Workflow:
         path: the file.
         root: its folder; relative paths are relative to it.
         settings: the `[workflow]` table.
+        tracking: the `[tracking]` table.
         ranks: that train together.
         stages: every stage and variant, each after the ones it reads from.
         left_out: by name of a stage that others need and whose defaults do not fit, the messages that say why.
@@ -258,6 +259,7 @@ class Workflow:
         self.root = path.parent
         self.disk = disk
         self.settings = settings
+        self.tracking = Tracking()
         self.ranks = Ranks(settings.distributed, settings.device)
         self.stages: list[Stage] = []
         self.left_out: dict[str, list[str]] = {}

@@ -7,8 +7,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from mlxflow.storage.toml_tables import default_of, describe, struct_in, toml_value
-from mlxflow.workflow.loader import STAGES
-from mlxflow.workflow.model import Settings
+from mlxflow.workflow.loader import STAGES, TABLES
 from tools.docs import markdown
 
 _HEADING = ("key", "default", "takes", "is")
@@ -28,12 +27,14 @@ _ABOUT = {
     "profile": "Runs a few training steps and reports their memory. Guide: [memory](../../guides/memory.md).",
     "benchmark": "Times training and generation and measures quality. Guide: [benchmarks](../../guides/benchmarks.md).",
     "report": "Writes the HTML page of the whole run.",
+    "tracking": "Reports every stage to experiment trackers. No stage: it makes nothing stale. Guide: "
+    "[trackers](../../guides/tracking.md).",
 }
 
 
 def workflow_pages() -> dict[str, str]:
     """Return a page for each table of a workflow file, by the table's name."""
-    structs: dict[str, type[msgspec.Struct]] = {"workflow": Settings}
+    structs = dict(TABLES)
     for name in STAGES:
         structs[name] = importlib.import_module(f"mlxflow.stages.{name}").Config
     return {name: _page(name, struct) for name, struct in structs.items()}

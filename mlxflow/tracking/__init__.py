@@ -1,0 +1,1 @@
+"""Reports of finished and running stages to experiment trackers, by processes of their own."""
