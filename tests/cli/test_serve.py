@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from mlxflow.data.chatml import CHATML
 from tests.conftest import mlxflow
+from tests.evaluation.test_chat_session import write_chat_model
 
 
 def free_port() -> int:
@@ -110,3 +112,43 @@ def test_a_stage_that_is_not_built_is_named_with_the_command(job: Path) -> None:
 @pytest.mark.parametrize("option", ["--port=x"])
 def test_a_port_is_a_number(built: Path, option: str) -> None:
     assert mlxflow(built, "serve", "train", option).returncode == 2
+
+
+def test_the_openai_client_is_answered_whole_streamed_and_up_to_a_stop(tmp_path: Path) -> None:
+    openai = pytest.importorskip("openai")
+    write_chat_model(tmp_path / "model", special=["<|im_start|>", "<|im_end|>"], template=CHATML)
+    messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "who are you?"}]
+    asked: dict[str, Any] = {"model": "any", "messages": messages, "temperature": 1, "seed": 7, "max_tokens": 12}
+    with serving(tmp_path, "model") as port:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        assert [Path(one.id).name for one in client.models.list().data] == ["model"]
+        whole = client.chat.completions.create(**asked)
+        choice = whole.choices[0]
+        text = choice.message.content
+        assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
+        assert whole.usage.completion_tokens == 12
+        parts = [part.choices[0] for part in client.chat.completions.create(**asked, stream=True) if part.choices]
+        assert "".join(part.delta.content or "" for part in parts) == text
+        assert parts[-1].finish_reason == "length"
+        assert len(parts) > 2
+        stop = " why"  # of whole tokens: those are what the server of mlx-lm compares
+        assert stop in text
+        stopped = client.chat.completions.create(**asked, stop=[stop]).choices[0]
+        assert (stopped.message.content, stopped.finish_reason) == (text.partition(stop)[0], "stop")
+        with pytest.raises(openai.APIStatusError):
+            client.chat.completions.create(model="any", messages="no list")
+        client.close()
+
+
+@pytest.mark.parametrize(("stage", "bits"), [("train", None), ("quantize/q4", 4)])
+def test_a_model_folder_has_the_files_that_lm_studio_opens(built: Path, stage: str, bits: int | None) -> None:
+    """LM Studio's mlx-engine chooses by `config.json`, and mlx-lm reads the weights and the tokenizer."""
+    folder = built / "artifacts" / stage
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert [name for name in names if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert not [name for name in names if name.endswith((".py", ".npz", ".bin"))]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert "vision_config" not in config
+    assert config.get("quantization", {}).get("bits") == bits
