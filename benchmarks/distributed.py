@@ -9,7 +9,8 @@ ROUNDS times (3) in turns with the others, and printed as the median of its toke
 - alone: this project's trainer on one process;
 - side by side: as many single processes at once, with no exchange: what the machine allows;
 - ordered, fast: this project's ranks, by `reduction`;
-- sharded: in order, each rank keeping a part of the optimizer's state;
+- sharded, fast sharded: each rank keeping a part of the optimizer's state, in order and with the backend's sum;
+- fast split: `sharding = "full"`, each rank keeping a part of the layers; not on the CPU, where no backend scatters;
 - mlx-lm alone, mlx-lm: its trainer on one process and on the ranks.
 
 The efficiency is the share of side by side, and the overhead of a step what it takes longer than there.
@@ -44,7 +45,7 @@ from mlxflow.storage.regular_files import open_log
 
 JOBS = {"cpu": Job(TINY_LLAMA | {"hidden_size": 128, "vocab_size": 2048}, 8, 128), "135m": REFERENCE, "1b": LARGE}
 _NAMESPACES = "BENCHMARK_NAMESPACES"
-ROWS = ("alone", "side by side", "ordered", "fast", "sharded", "mlx-lm alone", "mlx-lm")
+ROWS = ("alone", "side by side", "ordered", "fast", "sharded", "fast sharded", "fast split", "mlx-lm alone", "mlx-lm")
 
 
 def main(ranks: int, job: str, rounds: int, rows: Sequence[str]) -> None:
@@ -166,7 +167,8 @@ def _start(row: str, ranks: int, job: str, folder: Path) -> list[dict[str, Any]]
         reduction = "fast" if row.startswith("fast") else "ordered"
         backend = "ring" if job == "cpu" else "nccl"
         with contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123
-            launch = Launch(command, b"", ranks, backend, reduction, row == "sharded", logs, open_log, 0, None, None)
+            shards = row.endswith("sharded"), row.endswith("split")
+            launch = Launch(command, b"", ranks, backend, reduction, *shards, logs, open_log, 0, None, None)
             supervise(row, launch, RestartLimits("10 min", 600, 0))
         texts = [logs[0].read_text()]
     return [next(json.loads(line) for line in text.splitlines() if line.startswith("{")) for text in texts]
@@ -210,6 +212,11 @@ if __name__ == "__main__":
         case ["link", milliseconds, mbit_per_second, *rest]:
             over_link(float(milliseconds), float(mbit_per_second), int(rest[0]) if rest else 3)
         case [ranks, job, *rest]:
-            main(int(ranks), job, int(rest[0]) if rest else 3, rest[1:] or ROWS)
+            main(
+                int(ranks),
+                job,
+                int(rest[0]) if rest else 3,
+                rest[1:] or [row for row in ROWS if job != "cpu" or row != "fast split"],
+            )
         case _:
             sys.exit(__doc__)

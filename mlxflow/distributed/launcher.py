@@ -34,6 +34,7 @@ class Launch(NamedTuple):
         backend: "ring", "nccl", "jaccl" or "mpi".
         reduction: see `Rank`.
         shards_optimizer: see `Rank`.
+        shards_layers: see `Rank`.
         logs: a file for the output of each rank.
         open_log: opens one of them for writing.
         threads: of matrix products of each rank; 0 for one per processor.
@@ -47,6 +48,7 @@ class Launch(NamedTuple):
     backend: str
     reduction: str
     shards_optimizer: bool
+    shards_layers: bool
     logs: Sequence[Path]
     open_log: Callable[[Path], BinaryIO]
     threads: int
@@ -206,7 +208,14 @@ def _start_of(launch: Launch, number: int, addresses: Sequence[Sequence[str]], k
     return RankStart(
         command=launch.command,
         data=launch.data,
-        rank=Rank(number, launch.size, launch.backend, launch.reduction, shards_optimizer=launch.shards_optimizer),
+        rank=Rank(
+            number,
+            launch.size,
+            launch.backend,
+            launch.reduction,
+            shards_optimizer=launch.shards_optimizer,
+            shards_layers=launch.shards_layers,
+        ),
         variables=variables_of(
             launch.backend, number, addresses, rdma=[host.rdma for host in hosts.hosts] if hosts else (), key=key
         ),

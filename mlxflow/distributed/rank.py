@@ -13,6 +13,9 @@ MAX_PROCESSES = 256
 #: What the backend of a workflow may be.
 BACKENDS = ("auto", "ring", "nccl", "jaccl", "mpi")
 
+#: Backends that can give each rank its part of a sum alone (reduce-scatter).
+SCATTERING = ("nccl", "jaccl")
+
 _RANK, _BEATS = "MLXFLOW_RANK", "MLXFLOW_BEATS_FD"
 
 
@@ -28,6 +31,7 @@ class Rank(NamedTuple):
         sharing: ranks that share this one's device and its memory, itself included.
         cores: the processors it may run on; empty for all.
         shards_optimizer: whether each rank keeps a part of the optimizer's state.
+        shards_layers: whether each rank keeps a part of the weights of layers, and of their state.
     """
 
     number: int = 0
@@ -38,6 +42,7 @@ class Rank(NamedTuple):
     sharing: int = 1
     cores: tuple[int, ...] = ()
     shards_optimizer: bool = False
+    shards_layers: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -47,7 +52,7 @@ class Rank(NamedTuple):
     def environment(self) -> dict[str, str]:
         """Return the environment variables from which the process reads its place."""
         cores = ",".join(map(str, self.cores))
-        shards = int(self.shards_optimizer)
+        shards = f"{int(self.shards_optimizer)}{int(self.shards_layers)}"
         place = f"{self.number} {self.size} {self.backend} {self.reduction} {self.sharing} {cores} {shards}"
         return {_RANK: place, _BEATS: str(self.beats)}
 
@@ -59,7 +64,8 @@ class Rank(NamedTuple):
         number, size, backend, reduction, sharing, cores, shards = environment[_RANK].split(" ")
         allowed = tuple(int(core) for core in cores.split(",") if core)
         beats = int(environment[_BEATS])
-        return cls(int(number), int(size), backend, reduction, beats, int(sharing), allowed, shards == "1")
+        split = [one == "1" for one in shards]
+        return cls(int(number), int(size), backend, reduction, beats, int(sharing), allowed, *split)
 
 
 #: A process that trains alone.

@@ -66,6 +66,14 @@ class Distributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "adamw and sgd"
         ),
     ] = False
+    sharding: Annotated[
+        Literal["none", "full"],
+        Meta(
+            description="full: each rank keeps a part of each layer's weights and of their optimizer state, and a "
+            "layer gathers its weights where it computes (ZeRO-3); for training of all weights, with the backends nccl "
+            'and jaccl and reduction = "fast"'
+        ),
+    ] = "none"
     step_timeout: Annotated[
         str,
         Meta(

@@ -20,16 +20,12 @@ from mlxflow.device import cpu_backend
 from mlxflow.distributed.backend_variables import MEETING
 from mlxflow.distributed.heartbeat import Heart
 from mlxflow.distributed.number_exchange import Meeting, NumberExchange
-from mlxflow.distributed.rank import ALONE, Rank
+from mlxflow.distributed.rank import ALONE, SCATTERING, Rank
 from mlxflow.distributed.rank import of_this_process as place_of_this_process
 from mlxflow.messages.errors import StageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-#: Backends with a reduce-scatter.
-_SCATTERING = ("nccl", "jaccl")
 
 
 class JoinError(RuntimeError):
@@ -154,7 +150,7 @@ class Team:
     @property
     def scatters(self) -> bool:
         """Whether the backend can give each rank its part of a sum alone."""
-        return self.rank.backend in _SCATTERING
+        return self.rank.backend in SCATTERING
 
     def sum_part(self, rows: mx.array) -> mx.array:
         """Return this rank's row of the sum of the arrays of all ranks, (1, N), in the order of the backend; lazy.
@@ -163,6 +159,12 @@ class Team:
             rows: one for each rank, (number of ranks, N).
         """
         return mx.distributed.sum_scatter(rows, group=self._group, stream=self._stream)
+
+    def sum_part_within(self, rows: mx.array) -> mx.array:
+        """Return what `sum_part` returns, for use within a larger evaluation; lazy."""
+        if self.rank.backend != "nccl":
+            return self.sum_part(rows)
+        return mx.distributed.sum_scatter(rows, group=self._group)
 
     def take_turns(self, mine: "Sequence[NDArray[np.float32]]") -> "list[NDArray[np.float32]]":
         """Return the arrays of all ranks in turns: the first of each rank, then the second of each, and so on.

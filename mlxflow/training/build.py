@@ -1,7 +1,7 @@
 """Build a training step or a trainer from settings; the only place that assembles the parts of training."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ from mlxflow.data.loader import Loader, name_by_number
 from mlxflow.data.token_file import Rows
 from mlxflow.distributed.team import SOLO, Team
 from mlxflow.kernels import model_kernels
+from mlxflow.messages.errors import UserError
 from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training import adapters, objective, optimizers
@@ -19,6 +20,7 @@ from mlxflow.training.batch_size import BatchSizes, Decision
 from mlxflow.training.batches import TrainingData
 from mlxflow.training.objective import Objective
 from mlxflow.training.settings import SettingNames, TrainingSettings
+from mlxflow.training.sharded_layers import ShardedLayers
 from mlxflow.training.step import Step
 from mlxflow.training.trainer import Session, Trainer
 from mlxflow.training.update import Update
@@ -138,8 +140,17 @@ def make_optimizer(settings: TrainingSettings, *, names: SettingNames = _NAMES) 
     )
 
 
-def make_update(subject: Subject, kernels: model_kernels.ModelKernels, team: Team = SOLO) -> Update:
-    """Return the optimizer's update of a model; `team` are the ranks of a distributed run."""
+def make_update(
+    subject: Subject, kernels: model_kernels.ModelKernels, team: Team = SOLO, layers: ShardedLayers | None = None
+) -> Update:
+    """Return the optimizer's update of a model.
+
+    Args:
+        subject: the model and its settings.
+        kernels: in use.
+        team: the ranks of a distributed run.
+        layers: of the model, split between the ranks; None if they are whole.
+    """
     return Update(
         subject.model,
         make_optimizer(subject.settings, names=subject.names),
@@ -147,6 +158,7 @@ def make_update(subject: Subject, kernels: model_kernels.ModelKernels, team: Tea
         has_masters=subject.settings.precision == "bf16",
         uses_kernel=kernels.uses,
         team=team,
+        layers=layers,
     )
 
 
@@ -174,6 +186,7 @@ def make_step(
     *,
     replaces_operations: bool = True,
     team: Team = SOLO,
+    layers: ShardedLayers | None = None,
 ) -> Step:
     """Return the compiled training step.
 
@@ -183,12 +196,13 @@ def make_step(
         kernels: in use.
         replaces_operations: whether MLX operations are replaced, see `ops.overrides`.
         team: the ranks of a distributed run.
+        layers: of the model, split between the ranks; None if they are whole.
 
     Raises:
         ArtifactError: an option that the optimizer does not know.
     """
     how = overrides_of(subject.settings, kernels)._replace(is_enabled=replaces_operations)
-    return Step(subject.model, make_update(subject, kernels, team), chosen, overrides=how)
+    return Step(subject.model, make_update(subject, kernels, team, layers), chosen, overrides=how)
 
 
 @contextmanager
@@ -207,8 +221,26 @@ def ready_step(
         ArtifactError: an option that the optimizer does not know.
     """
     chosen = subject.objective(uses_kernel=kernels.uses_loss_kernel, chunk_share=chunk_share)
-    with patched(subject, kernels):
-        yield make_step(subject, chosen, kernels, team=team)
+    with ExitStack() as patches:
+        patches.enter_context(kernels.patched())
+        layers = patches.enter_context(_split_layers(subject, team).installed()) if team.rank.shards_layers else None
+        patches.enter_context(recomputed(subject.model, every=subject.settings.checkpoint_every))
+        yield make_step(subject, chosen, kernels, team=team, layers=layers)
+
+
+def _split_layers(subject: Subject, team: Team) -> ShardedLayers:
+    """Return the layers of a model for several ranks.
+
+    Raises:
+        UserError: not all of its weights are trained, or they are quantized in training.
+    """
+    if subject.settings.adapter_shape is not None or subject.make_objective is not None:
+        what = "adapters are" if subject.settings.adapter_shape is not None else "a quantized model is"
+        raise UserError(
+            f'sharding = "full": {what} trained, and only all weights of a dense model are split between ranks. '
+            "Remove it, or use optimizer_sharding = true."
+        )
+    return ShardedLayers(subject.model, team)
 
 
 def make_loader(

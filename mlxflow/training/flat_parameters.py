@@ -1,6 +1,7 @@
 """Many small arrays as a few long ones, so that an operation on all of them takes a few kernel launches."""
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -28,15 +29,17 @@ class FlatLayout:
     Args:
         tree: of arrays; their shapes and dtypes define the layout.
         parts: number of long arrays that many leaves are split into.
+        apart: paths of leaves in long arrays of their own, with "split" in their names: parts of weights.
 
     Attributes:
         places: the leaves of a long array in their order, by the name of the long array.
     """
 
-    def __init__(self, tree: Any, *, parts: int = PARTS) -> None:
+    def __init__(self, tree: Any, *, parts: int = PARTS, apart: Collection[str] = ()) -> None:
         kinds: dict[str, list[Leaf]] = {}
         for path, leaf in tree_flatten(tree):
             kind = "vectors" if leaf.ndim < 2 else "matrices"
+            kind += "_split" if path in apart else ""
             kinds.setdefault(f"{kind}_{str(leaf.dtype).rpartition('.')[2]}", []).append((path, leaf.shape))
         self.places: dict[str, list[Leaf]] = {}
         for name, leaves in kinds.items():
@@ -46,12 +49,13 @@ class FlatLayout:
 
     def gather(self, tree: Any) -> dict[str, mx.array]:
         """Return the leaves of a tree as long arrays; their dtypes may differ from those of the layout."""
-        leaves = dict(tree_flatten(tree))
+        return self.gather_known(dict(tree_flatten(tree)))
+
+    def gather_known(self, leaves: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Return the long arrays all of whose leaves are given, by their paths."""
+        known = {name: places for name, places in self.places.items() if all(path in leaves for path, _ in places)}
         return self.shaped(
-            {
-                name: mx.concatenate([leaves[path].reshape(-1) for path, _ in places])
-                for name, places in self.places.items()
-            }
+            {name: mx.concatenate([leaves[path].reshape(-1) for path, _ in places]) for name, places in known.items()}
         )
 
     def shaped(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -60,14 +64,18 @@ class FlatLayout:
 
     def scatter(self, arrays: dict[str, mx.array]) -> Any:
         """Return long arrays as a tree of views."""
-        leaves = []
-        for name, places in self.places.items():
+        return tree_unflatten(list(self.leaves(arrays).items()))
+
+    def leaves(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Return the leaves of some or all long arrays as views, by their paths."""
+        leaves = {}
+        for name in (name for name in self.places if name in arrays):
             flat, begin = arrays[name].reshape(-1), 0
-            for path, shape in places:
+            for path, shape in self.places[name]:
                 end = begin + math.prod(shape)
-                leaves.append((path, flat[begin:end].reshape(shape)))
+                leaves[path] = flat[begin:end].reshape(shape)
                 begin = end
-        return tree_unflatten(leaves)
+        return leaves
 
 
 def split_leaves(leaves: list[Leaf], *, parts: int = PARTS) -> list[list[Leaf]]:
@@ -87,6 +95,11 @@ def split_leaves(leaves: list[Leaf], *, parts: int = PARTS) -> list[list[Leaf]]:
         groups[-1].append((path, shape))
         size += math.prod(shape)
     return groups
+
+
+def is_split(name: str) -> bool:
+    """Return whether a long array holds parts of weights whose rest other ranks have."""
+    return "split" in name
 
 
 def sum_of_squares(array: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.training.flat_parameters import FlatLayout, Leaf, split_leaves
+from mlxflow.training.flat_parameters import FlatLayout, Leaf, is_split, split_leaves
 
 # Arrays of fewer numbers are sent together, in fp32
 _FEW = 1 << 16
@@ -55,8 +55,8 @@ class GradientPacking:
         leaves = [(path, leaf.shape) for path, leaf in tree_flatten(trainable)]
         self._layout = layout
         places = layout.places if layout else {str(at): group for at, group in enumerate(split_leaves(leaves))}
-        self._long = {name: group for name, group in reversed(places.items()) if _size(group) >= _FEW}
-        self._short = {name: group for name, group in places.items() if _size(group) < _FEW}
+        self._long = {name: group for name, group in reversed(places.items()) if _is_long(name, group)}
+        self._short = {name: group for name, group in places.items() if not _is_long(name, group)}
 
     @property
     def names(self) -> list[str]:
@@ -96,6 +96,11 @@ class GradientPacking:
                 leaves[path] = found[name][begin:end].reshape(shape)
                 begin = end
         return tree_unflatten(list(leaves.items()))
+
+
+def _is_long(name: str, group: list[Leaf]) -> bool:
+    """Return whether an array is sent by itself; parts of weights are not sent at all, and stay apart."""
+    return _size(group) >= _FEW or is_split(name)
 
 
 def _joined(leaves: dict[str, mx.array], group: list[Leaf]) -> mx.array:

@@ -42,6 +42,10 @@ class _Pass(NamedTuple):
     end: int
 
 
+#: Without rows: of a rank that takes part in what other ranks compute.
+_EMPTY = _Pass(-1, 0, 0)
+
+
 class _Status(NamedTuple):
     """The numbers that the ranks exchange before a reduction: of one rank, or a column of each of all ranks."""
 
@@ -200,9 +204,15 @@ class RankAccumulator:
 
     def _fast(self, waits: bool) -> Sums:
         """Return the sums of all passes, added by each rank and then by the backend."""
-        is_own = self.partial is not None and self._team.rank.is_first
-        begun = self._rank_step.pack(cast("Gradients", self.partial)) if is_own else None
-        mine = self._computed(self._passes, begun, waits=waits)
+        layers, partial = self._parts.step.layers, self.partial
+        begun: Packed | None = None
+        if partial is not None and (layers is not None or self._team.rank.is_first):
+            begun = self._rank_step.pack(partial if layers is None else layers.own_sums(partial))
+        passes = self._passes
+        if layers is not None:  # the passes of all ranks gather weights together
+            most = -(-self._count // self._team.size)
+            passes = [*passes, *[_EMPTY] * (most - len(passes))]
+        mine = self._computed(passes, begun, waits=waits)
         self._team.beat("sum of gradients", waits=True)
         sums = self._rank_step.sum_fast(mine)
         self._team.beat("update")
@@ -231,7 +241,8 @@ class RankAccumulator:
                 so_far = self._rank_step.zeros()
         except RuntimeError as error:
             needed = out_of_memory_bytes(error)
-            if needed is None or (is_late(error) and not waits):
+            # where the layers are split, the others wait in this pass for this rank
+            if needed is None or (is_late(error) and not waits) or self._parts.step.layers is not None:
                 raise
             settle(drops=waits)
         self._agree(needed)
@@ -239,10 +250,12 @@ class RankAccumulator:
 
     def _forward(self, one: _Pass, so_far: Packed | None, *, adds: bool) -> Packed:
         batch = cast("DeviceBatch", self._batch).part(one.begin, one.end)
+        if one is _EMPTY:
+            batch = tuple(mx.zeros((1, *rows.shape[1:]), rows.dtype) for rows in batch)
         rank_step = self._rank_step
 
         def compute() -> Packed:
-            self._random.begin_pass(one.number)
+            self._random.begin_pass(max(0, one.number))
             return rank_step.add(so_far, batch) if adds else rank_step.compute(batch)
 
         gradients = compute()

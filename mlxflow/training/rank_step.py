@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlxflow.distributed import reduction
 from mlxflow.distributed.team import Team
+from mlxflow.training.flat_parameters import is_split
 from mlxflow.training.gradient_packing import GradientPacking, Gradients, Joined
 from mlxflow.training.step import Step
 
@@ -102,6 +103,10 @@ class RankStep:
         sums: Sums = []
         shards = self._step.shards if self._team.scatters else None
         for name, array in zip(self._packing.names, mine, strict=True):
+            if is_split(name):  # the backward pass has added these over the ranks
+                mx.async_eval(array)
+                sums.append([array])
+                continue
             scatters = shards is not None and shards.splits(name)
             exact = array.astype(mx.float32)
             exact = shards.rows(exact) if shards is not None and scatters else exact

@@ -5,7 +5,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from mlxflow.training.batch_size import BatchSizes
 from mlxflow.training.checkpoints import Checkpoint
@@ -57,7 +56,7 @@ class Snapshots:
         target = self._tree(self._step.state_like())
         if rows_done:
             zero = mx.array(0.0)
-            target["partial"] = [zero, zero, tree_map(lambda weight: weight, self._model.trainable_parameters())]
+            target["partial"] = [zero, zero, self._step.gradients_like()]
         return target
 
     def restore(self, checkpoint: Checkpoint) -> Gradients | None:

@@ -4,7 +4,8 @@ The parts are separate so that an update may take any number of forward passes, 
 of memory leaves the model unchanged and can be retried with fewer rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlxflow.training.batch_size import split
 from mlxflow.training.gradient_packing import GradientPacking, Gradients, Joined
 from mlxflow.training.objective import Objective
 from mlxflow.training.optimizer_shards import OptimizerShards
+from mlxflow.training.sharded_layers import ShardedLayers
 from mlxflow.training.update import Update
 
 _OWN = OperationOverrides()
@@ -126,6 +128,35 @@ class Step:
     def shards(self) -> OptimizerShards | None:
         """The parts of the state that this rank keeps; None if it keeps all of it."""
         return self.of_update.shards
+
+    @property
+    def layers(self) -> ShardedLayers | None:
+        """The layers that are split between ranks; None if they are whole."""
+        return self.of_update.layers
+
+    def gradients_like(self) -> Any:
+        """Return a tree of the shapes of the whole model's gradients, whose arrays may be replaced."""
+        layers = self.of_update.layers
+        if layers is not None:
+            return layers.tree_like()
+        return tree_map(lambda weight: weight, self._model.trainable_parameters())
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Have whole weights in the model until the block ends; a collective where the layers are split."""
+        layers = self.of_update.layers
+        if layers is None:
+            yield
+            return
+        layers.make_whole()
+        yield
+        layers.is_whole = False
+        self.of_update.publish()
+
+    def end(self) -> None:
+        """Leave the model with whole weights after the last update."""
+        if self.of_update.layers is not None:
+            self.of_update.layers.make_whole()
 
     def packing(self) -> GradientPacking:
         """Return how the gradients are sent to other ranks."""

@@ -151,7 +151,7 @@ class Trainer:
         self._accumulator.begin(self._session.digests)
         if checkpoint is None:
             self._recorder.write(self._sizes.decisions[-1].record())
-            self._validator.validate()
+            self._validate()
         self._recorder.begin = time.perf_counter() - facts.seconds
         try:
             while facts.step < settings.num_steps and not facts.ended_early:
@@ -162,6 +162,7 @@ class Trainer:
         self._settle(0)
         self._facts.note_peak()
         self._accumulator.finish()
+        self._step.end()
         if settings.keep == "best" and facts.best_step < facts.step and self._team.rank.is_first:
             self._model.load_weights(list(self._session.checkpoints.read_best(facts.best_step).items()), strict=False)
         mx.eval(self._step.state)
@@ -176,11 +177,15 @@ class Trainer:
         if at_end or (settings.eval_every and facts.step % settings.eval_every == 0):
             self._settle(0)
             with self._recorder.paused():
-                self._validator.validate()
+                self._validate()
         if settings.save_every and facts.step % settings.save_every == 0 and not at_end and not facts.ended_early:
             self._save()
         if not at_end and self._accumulator.stop_requested():
             self._stop()
+
+    def _validate(self) -> None:
+        with self._step.whole_model():
+            self._validator.validate()
 
     def _stop(self) -> NoReturn:
         raise Stopped(self._facts.step, self._save())

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxflow.distributed.team import SOLO, Team
 from mlxflow.messages.errors import UserError
-from mlxflow.training.flat_parameters import FlatLayout, sum_of_squares
+from mlxflow.training.flat_parameters import FlatLayout, is_split, sum_of_squares
 from mlxflow.training.optimizer_shards import OptimizerShards
+from mlxflow.training.sharded_layers import ShardedLayers
 
 
 class Update:
@@ -32,6 +33,7 @@ class Update:
         has_masters: whether fp32 copies of weights in another dtype are kept.
         uses_kernel: takes the name of a kernel; returns whether it is used.
         team: the ranks of a distributed run; each may keep a part of the state.
+        layers: of the model, split between the ranks; None if they are whole.
 
     Attributes:
         state: all that an update changes outside the model: a tree to capture, save and restore. `publish` computes
@@ -49,7 +51,9 @@ class Update:
         has_masters: bool,
         uses_kernel: Callable[[str], bool] = lambda _: False,
         team: Team = SOLO,
+        layers: ShardedLayers | None = None,
     ) -> None:
+        self.layers = layers
         self._model = model
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
@@ -60,12 +64,15 @@ class Update:
         self._model_type = types.pop() if len(types) == 1 else None
         if has_masters:
             trainable = _map(lambda weight: weight.astype(mx.float32), trainable)
-        self.layout = FlatLayout(trainable) if _is_elementwise(optimizer) else None
+        apart = layers.paths if layers else frozenset[str]()
+        self.layout = FlatLayout(trainable, apart=apart) if _is_elementwise(optimizer) else None
+        if team.rank.shards_optimizer or layers:
+            self._require_layout("sharding" if layers else "optimizer_sharding")
         weights = self.join(trainable)
         self.shards: OptimizerShards | None = None
         self._publish_arrays(weights)
         if team.rank.shards_optimizer:
-            self.shards = self._make_shards(weights, team)
+            self.shards = OptimizerShards(weights, team)
             weights = self.shards.own(weights)
         optimizer.init(weights)
         self.state: dict[str, Any] = {"weights": weights, "optimizer": optimizer.state}
@@ -77,31 +84,39 @@ class Update:
         """
         return tree if self.layout is None else self.layout.gather(tree)
 
-    def _make_shards(self, weights: Any, team: Team) -> OptimizerShards:
+    def _require_layout(self, key: str) -> None:
         if self.layout is None:
             kind = type(getattr(self._optimizer, "optimizers", [self._optimizer])[0]).__name__
+            value = '"full"' if key == "sharding" else "true"
             raise UserError(
-                f"optimizer_sharding = true: {kind} updates whole matrices, which cannot be split between ranks. "
+                f"{key} = {value}: {kind} updates whole matrices, which cannot be split between ranks. "
                 "Remove it, or choose adamw or sgd as the optimizer."
             )
-        return OptimizerShards(weights, team)
 
     def whole_state(self) -> Any:
         """Return the state with whole arrays for a checkpoint; of several ranks only rank 0 gets them."""
+        if self.layers is not None and self.layout is not None:
+            return self.layers.whole_state(self.state, self.layout)
         return self.state if self.shards is None else self.shards.whole_state(self.state)
 
     def state_like(self) -> Any:
         """Return a tree of the shapes and dtypes of `whole_state`, whose arrays may be replaced."""
+        if self.layers is not None and self.layout is not None:
+            return self.layers.state_like(self.state, self.layout)
         return self.state if self.shards is None else self.shards.state_like(self.state)
 
     def restore(self, state: Any) -> None:
         """Take whole arrays, as of `whole_state`, as the state; `publish` is called."""
         if self.shards is not None:
             _assign(self.state, self.shards.own_state(state))
+        if self.layers is not None and self.layout is not None:
+            _assign(self.state, self.layers.own_state(state, self.layout))
         self.publish()
 
     def shared_weights(self) -> Any:
         """Return a tree of weights that every rank has: those of the state, or else the model's."""
+        if self.layers is not None:
+            return {name: array for name, array in self.state["weights"].items() if not is_split(name)}
         return self.state["weights"] if self.shards is None else self._model.trainable_parameters()
 
     def publish(self) -> None:
@@ -182,8 +197,8 @@ class Update:
 
     def _all_squares(self, gradients: Any) -> list[mx.array]:
         """Return sums of squares that add up to that of all gradients, the same on all ranks."""
-        if self.shards is not None:
-            return self.shards.sum_over(gradients, self._squares)
+        if (split := self.layers or self.shards) is not None:
+            return split.sum_over(gradients, self._squares)
         return [self._squares(gradient) for _, gradient in tree_flatten(gradients)]
 
     def _squares(self, gradient: mx.array) -> mx.array:

@@ -46,6 +46,7 @@ def run_ranks(workflow: Workflow, stage: Stage, into: Path | None, handover: Han
         backend=ranks.backend,
         reduction=table.reduction,
         shards_optimizer=table.optimizer_sharding,
+        shards_layers=table.sharding == "full",
         logs=tuple(layout.log_file(workflow.root, f"{stage.task}:rank:{number}") for number in range(ranks.number)),
         open_log=open_log,
         threads=workflow.settings.threads,

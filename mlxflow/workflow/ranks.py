@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mlxflow.distributed.backends import describe_ranks, resolve_backend
 from mlxflow.distributed.hosts import Hostfile, backend_mistakes, read_hostfile
+from mlxflow.distributed.rank import SCATTERING
 from mlxflow.distributed.table import MAX_TIMEOUT_SECONDS, Distributed
 from mlxflow.storage import paths
 from mlxflow.storage.toml_tables import Problem, problem_message
@@ -72,6 +73,15 @@ def read_ranks(table: Distributed, device: str, disk: Disk, *, shown: str, lines
         shown: the workflow file's name, for messages.
         lines: gets a line for each mistake in the hostfile.
     """
+    ranks = _read_hosts(table, device, disk, shown=shown, lines=lines)
+    if table.sharding == "full" and ranks.backend not in SCATTERING:
+        expected = f"the backend {ranks.backend} has no reduce-scatter; expected nccl or jaccl"
+        problem = Problem("distributed.sharding", "full", expected, "Remove it, or use optimizer_sharding = true.")
+        lines.append(problem_message(problem, shown, "workflow"))
+    return ranks
+
+
+def _read_hosts(table: Distributed, device: str, disk: Disk, *, shown: str, lines: list[str]) -> Ranks:
     if not table.hosts:
         return Ranks(table, device)
     try:
@@ -96,5 +106,10 @@ def table_problems(table: Distributed, device: str) -> Iterator[Problem]:
     if not 0 < table.timeout_seconds <= MAX_TIMEOUT_SECONDS:
         bounds = "expected more than 0 s and at most 168 h"
         yield Problem("distributed.step_timeout", table.step_timeout, bounds, 'Use "10 min" (the default).')
+    if table.sharding == "full" and table.reduction != "fast":
+        expected = 'the backend adds the gradients of split layers, so reduction must be "fast"'
+        yield Problem("distributed.sharding", "full", expected, 'Add reduction = "fast".')
+    if table.sharding == "full" and table.optimizer_sharding:
+        yield Problem("distributed.optimizer_sharding", True, 'sharding = "full" includes it', "Remove it.")
     if table.backend == "nccl" and device == "cpu":
         yield Problem("distributed.backend", "nccl", 'needs GPUs, and device = "cpu"', "Change one of the two.")

@@ -14,7 +14,8 @@ import mlx.core as mx  # noqa: E402
 
 from mlxflow.__main__ import main  # noqa: E402
 from mlxflow.distributed import team  # noqa: E402
-from mlxflow.training import gradient_packing  # noqa: E402
+from mlxflow.training import gradient_packing, sharded_layers  # noqa: E402
+from mlxflow.workflow import ranks  # noqa: E402
 
 marker, *arguments = sys.argv[1:]
 
@@ -26,7 +27,9 @@ def sum_scatter(rows: mx.array, *, group: mx.distributed.Group, stream: mx.Strea
         return mx.distributed.all_sum(rows, group=group, stream=stream)[group.rank() : group.rank() + 1]
 
 
+sharded_layers._FEW = 1
 gradient_packing._FEW = 1 << 10  # else a small model is sent in one piece
-team._SCATTERING = (*team._SCATTERING, "ring")  # type: ignore[assignment]
+for module in (team, ranks):
+    module.SCATTERING = ("ring",)  # type: ignore[attr-defined]
 mx.distributed.sum_scatter = sum_scatter  # type: ignore[assignment]
 sys.exit(main(arguments))

@@ -32,7 +32,7 @@ print(sys.stdin.read(), end="")
 def _launch(tmp_path: Path, backend: str, hosts: Hostfile | None = None) -> Launch:
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     command = (sys.executable, "-c", SHOWS_ITS_VARIABLES)
-    return Launch(command, b"given", 2, backend, "fast", False, logs, open_log, 0, hosts, None)
+    return Launch(command, b"given", 2, backend, "fast", False, False, logs, open_log, 0, hosts, None)
 
 
 def _start(launch: Launch, ranks: list[RunningRank]) -> None:
@@ -63,7 +63,7 @@ def test_a_rank_of_ring_gets_the_addresses_of_all(tmp_path: Path, monkeypatch: p
     assert json.loads(variables) == {
         "MLX_RANK": "1",
         "MLX_WORLD_SIZE": "2",
-        "MLXFLOW_RANK": "1 2 ring fast 2  0",
+        "MLXFLOW_RANK": "1 2 ring fast 2  00",
         "hosts": [["127.0.0.1:7001"], ["127.0.0.1:7002"]],
     }
     assert given == "given"
@@ -84,7 +84,7 @@ def test_a_rank_of_nccl_gets_a_gpu_and_a_meeting_place(tmp_path: Path, monkeypat
     expected = {
         "MLX_RANK": "1",
         "MLX_WORLD_SIZE": "2",
-        "MLXFLOW_RANK": "1 2 nccl fast 1  0",
+        "MLXFLOW_RANK": "1 2 nccl fast 1  00",
         "NCCL_HOST_IP": "127.0.0.1",
         "NCCL_PORT": "7001",
     }

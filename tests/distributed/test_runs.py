@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 
 from mlxflow.distributed import launcher, rank_start, supervisor
 from mlxflow.messages.errors import StageError, UserError
-from mlxflow.workflow import ranked_execution
+from mlxflow.workflow import ranked_execution, ranks
+from tests.distributed import conftest
 from tests.distributed.conftest import FIXED, WORKFLOW, Build, Faults
 
 Alone = tuple[Path, bytes]
@@ -91,6 +92,29 @@ def test_a_sharded_optimizer_ends_in_the_same_bytes_from_a_checkpoint_of_any_num
     assert train(1) == trained_alone[1]
 
 
+def _give_reduce_scatter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the ranks of ring a reduce-scatter; return a file that exists when one was asked for its part of a sum."""
+    script, marker = str(Path(__file__).with_name("scattering_rank.py")), tmp_path / "scattered"
+    arguments = ranked_execution._arguments
+    monkeypatch.setattr(ranked_execution, "_arguments", lambda *given: (script, str(marker), *arguments(*given)[2:]))
+    monkeypatch.setattr(ranks, "SCATTERING", ("ring",))
+    return marker
+
+
+@pytest.fixture
+def scatters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """See `_give_reduce_scatter`."""
+    return _give_reduce_scatter(tmp_path, monkeypatch)
+
+
+def _require_close(model: bytes, expected: bytes) -> None:
+    """Check that weights differ by rounding only, see the test of a fast reduction."""
+    found, others = safetensors.numpy.load(model), safetensors.numpy.load(expected)
+    assert found.keys() == others.keys()
+    for name, value in others.items():
+        assert np.abs(found[name] - value).max() <= 1e-6 * np.abs(value).max(), name
+
+
 def test_a_reduce_scatter_gives_each_rank_its_part_of_the_same_sums(
     train: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,15 +123,47 @@ def test_a_reduce_scatter_gives_each_rank_its_part_of_the_same_sums(
         return train(2, train=f"{FIXED}\n{settings}\n", reduction='"fast"', optimizer_sharding="true")
 
     whole, unclipped = trained("max_grad_norm = 0.1"), trained("max_grad_norm = 0.0")
-    script, marker = str(Path(__file__).with_name("scattering_rank.py")), tmp_path / "scattered"
-    arguments = ranked_execution._arguments
-    monkeypatch.setattr(ranked_execution, "_arguments", lambda *given: (script, str(marker), *arguments(*given)[2:]))
+    scatters = _give_reduce_scatter(tmp_path, monkeypatch)
     assert trained("max_grad_norm = 0.0") == unclipped
-    assert marker.exists()
-    # the norm is added in another order: 3e-7 of a gradient, and AdamW's steps hardly depend on a scale of all
-    for name, value in safetensors.numpy.load(trained("max_grad_norm = 0.1")).items():
-        expected = safetensors.numpy.load(whole)[name]
-        assert np.abs(value - expected).max() <= 1e-6 * np.abs(expected).max(), name
+    assert scatters.exists()
+    # the norm is added in another order: 3e-7 of a gradient, and AdamW's steps barely depend on a scale of all
+    _require_close(trained("max_grad_norm = 0.1"), whole)
+
+
+SPLIT = {"reduction": '"fast"', "sharding": '"full"'}
+
+
+@pytest.mark.parametrize("settings", ["", 'checkpointing = "layers"'])
+def test_split_layers_learn_what_whole_ones_do(
+    trained_alone: Alone, train: Build, scatters: Path, faults: Faults, settings: str
+) -> None:
+    faults.planned = {(1, 5): (signal.SIGKILL, "rank")}
+    _require_close(train(2, train=f"{FIXED}\n{settings}\n", **SPLIT), trained_alone[1])
+    assert scatters.exists()
+
+
+def test_a_training_with_split_layers_goes_over_to_one_process_and_back(
+    trained_alone: Alone, train: Build, scatters: Path, faults: Faults
+) -> None:
+    for distributed in (SPLIT, {}):
+        faults.planned = {(0, 4 if distributed else 8): (signal.SIGTERM, "supervisor")}
+        with pytest.raises(SystemExit):
+            train(2, **distributed)
+    _require_close(train(2, **SPLIT), trained_alone[1])
+    shutil.rmtree("artifacts/train")
+    faults.planned = {(0, 6): (signal.SIGTERM, "supervisor")}
+    with pytest.raises(SystemExit):
+        train(2, **SPLIT)
+    _require_close(train(1), trained_alone[1])
+
+
+def test_a_rank_without_rows_takes_part_in_the_passes_of_the_others(
+    train: Build, scatters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conftest, "WORKFLOW", WORKFLOW.replace("grad_accum_steps = 4", "grad_accum_steps = 3"))
+    split = train(2, **SPLIT)
+    shutil.rmtree("artifacts/train")
+    _require_close(split, train(1))
 
 
 def test_an_optimizer_of_whole_matrices_is_not_sharded(train: Build) -> None:

@@ -32,6 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
                 backend="ring",
                 reduction="ordered",
                 shards_optimizer=False,
+                shards_layers=False,
                 logs=[Path(f"rank-{number}.log") for number in range(size)],
                 open_log=open_log,
                 threads=0,

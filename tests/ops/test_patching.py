@@ -18,6 +18,7 @@ from mlx_lm.models import activations, base, llama
 from mlx_lm.tuner import lora
 
 from benchmarks.architecture_configs import config_of
+from mlxflow.distributed.team import SOLO
 from mlxflow.evaluation import model_server
 from mlxflow.evaluation.model_body import Body
 from mlxflow.kernels import layer_patching
@@ -48,6 +49,7 @@ from mlxflow.quantization.mlx_lm_patches import dense_products, following
 from mlxflow.quantization.outside_layers import round_outside
 from mlxflow.quantization.settings import Setting
 from mlxflow.training.output_head import find_head
+from mlxflow.training.sharded_layers import ShardedLayers
 from tests.conftest import REPOSITORY
 
 TOKENS = mx.arange(1, 9)[None]
@@ -137,6 +139,11 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
             f"{LAYERS}.quantized.QuantizedEmbedding.as_linear",
             "mlx_lm.tuner.dora.DoRALinear.__call__",
         },
+    ),
+    (
+        "mlxflow.training.sharded_layers",
+        lambda model: ShardedLayers(model, SOLO).installed(),
+        {"class of mlx_lm.models.llama.TransformerBlock"},
     ),
     ("mlxflow.ops.adapter_products", lambda _: _adapters(), {"mlx_lm.tuner.lora.LoRALinear.__call__"}),
     (

@@ -118,6 +118,31 @@ def test_a_timeout_of_nothing_or_of_more_than_a_week_is_refused(tmp_path: Path, 
     )
 
 
+def test_split_layers_need_a_backend_with_a_reduce_scatter_and_its_sum(tmp_path: Path) -> None:
+    path = tmp_path / "workflow.toml"
+    table = "[workflow.distributed]\nprocesses = 2\nsharding = 'full'\n"
+    for keys, expected in (
+        (
+            'backend = "ring"\nreduction = "fast"\n',
+            'sharding = "full": the backend ring has no reduce-scatter; expected nccl or jaccl. Remove it, or use '
+            "optimizer_sharding = true.",
+        ),
+        (
+            'backend = "nccl"\n',
+            'sharding = "full": the backend adds the gradients of split layers, so reduction must be "fast". '
+            'Add reduction = "fast".',
+        ),
+        (
+            'backend = "nccl"\nreduction = "fast"\noptimizer_sharding = true\n',
+            'optimizer_sharding = true: sharding = "full" includes it. Remove it.',
+        ),
+    ):
+        path.write_text(table + keys)
+        with pytest.raises(WorkflowError) as caught:
+            load_workflow(path)
+        assert caught.value.problems == (f"{path}: workflow.distributed.{expected}",)
+
+
 def test_mistakes_in_the_table_are_reported_with_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "workflow.toml"
     path.write_text(
