@@ -19,10 +19,22 @@ def cache_key(node: Node, nodes: Sequence[Node], cache: DigestCache) -> str:
         cache: digests by path.
     """
     makers = {name: maker for maker in nodes for name in maker.outputs}
-    inputs: dict[str, str] = observe_corpora(node, cache)
-    for name in node.inputs:
-        maker = makers.get(name)
-        key = record_name(name, node.spellings)
-        inputs[key] = cache_key(maker, nodes, cache) if maker else cache.digests(node.path(name)).identity
-    threads = [node.threads] if node.threads and node.uses_device else []
-    return digest_json([node.task, observe_settings(node), inputs, *threads])
+    keys: dict[str, str] = {}
+
+    def key_of(one: Node) -> str:
+        if one.task not in keys:
+            inputs: dict[str, str] = observe_corpora(one, cache)
+            for name in one.inputs:
+                maker = makers.get(name)
+                identity = key_of(maker) if maker else cache.digests(one.path(name)).identity
+                inputs[record_name(name, one.spellings)] = identity
+            threads = [one.threads] if one.threads and one.uses_device else []
+            keys[one.task] = digest_json([one.task, observe_settings(one), inputs, *threads])
+        return keys[one.task]
+
+    return key_of(node)
+
+
+def named_key(node: Node, nodes: Sequence[Node], cache: DigestCache) -> str:
+    """Return the key of a stage as `doit cache-key` prints it, with the stage's name before it."""
+    return f"{node.task.replace(':', '-')}-{cache_key(node, nodes, cache)}"

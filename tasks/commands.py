@@ -1,12 +1,15 @@
 """The commands plan, verify, cache-key, pack, unpack and reproduce."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlxflow.messages import terminal
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.storage import layout
 from mlxflow.tasks.selection import Selection, refuse, with_upstream
+from mlxflow.tasks.stage_store import FROM_THE_STORE
 from mlxflow.tasks.verb import StageVerb
+from mlxflow.workflow.staleness import StaleStage
 
 _EXIT_CODE = {
     "name": "exit_code",
@@ -34,18 +37,14 @@ class Plan(StageVerb):
         root = graph.nodes[0].root
         nodes = with_upstream(graph.nodes, [node.task for node in graph.select(pos_args)])
         planned = find_stale(nodes, graph.record, graph.cache, graph.is_ignored)
+        taken = graph.store.foresee(planned)
+        made = {one.node.folder for one in planned}
         for stale in planned:
-            config, made = stale.node.settings.get("config", {}), {one.node.folder for one in planned}
-            notes = [length.describe_stage(config, stale.node.inputs, root, unbuilt=made), stale.node.ranks]
-            notes += [f"{stale.seconds:,.1f} s last time"] if stale.seconds is not None else []
-            more = "; ".join(filter(None, notes))
-            terminal.show(f"{stale.node.task}: {'; '.join(stale.reasons)}" + (f"  ({more})" if more else ""))
-        known = [one.seconds for one in planned if one.seconds is not None]
-        if not planned:
-            terminal.show(f"nothing to do: {len(nodes)} stages are fresh")
-        else:
-            took = f"; {len(known)} of them took {sum(known):,.1f} s last time" if known else ""
-            terminal.show(f"{len(planned)} of {len(nodes)} stages will run{took}")
+            config, node = stale.node.settings.get("config", {}), stale.node
+            notes = [length.describe_stage(config, node.inputs, root, unbuilt=made), node.ranks, _last_time(stale)]
+            more = FROM_THE_STORE if node.task in taken else "; ".join(filter(None, notes))
+            terminal.show(f"{node.task}: {'; '.join(stale.reasons)}" + (f"  ({more})" if more else ""))
+        terminal.show(_plan_summary(planned, taken, len(nodes)))
         for node in (node for node in nodes if graph.is_ignored(node.task)):
             terminal.show(
                 f"{node.task}: ignored, and so are those that read from it, until doit ignore --undo {node.task}"
@@ -53,6 +52,26 @@ class Plan(StageVerb):
         for leftover in find_leftovers(root, graph.nodes):
             terminal.show(leftover)
         return int(bool(planned) and exit_code)
+
+
+def _last_time(stale: StaleStage) -> str:
+    return f"{stale.seconds:,.1f} s last time" if stale.seconds is not None else ""
+
+
+def _plan_summary(planned: Sequence[StaleStage], taken: set[str], num_stages: int) -> str:
+    """Return the last line of a plan.
+
+    Args:
+        planned: the stages that will run.
+        taken: those of them whose artifacts will be taken from the store.
+        num_stages: how many were examined.
+    """
+    if not planned:
+        return f"nothing to do: {num_stages} stages are fresh"
+    known = [one.seconds for one in planned if one.seconds is not None and one.node.task not in taken]
+    got = f", {len(taken)} of them {FROM_THE_STORE}" if taken else ""
+    took = f"; {len(known)} of them took {sum(known):,.1f} s last time" if known else ""
+    return f"{len(planned)} of {num_stages} stages will run{got}{took}"
 
 
 class Verify(StageVerb):
@@ -92,11 +111,11 @@ class CacheKey(StageVerb):
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from mlxflow.tasks.cache_key import cache_key
+        from mlxflow.tasks.cache_key import named_key
 
         graph = Selection(self)
         node = graph.one(pos_args, "doit cache-key STAGE")
-        terminal.show(f"{node.task.replace(':', '-')}-{cache_key(node, graph.nodes, graph.cache)}")
+        terminal.show(named_key(node, graph.nodes, graph.cache))
         return 0
 
 

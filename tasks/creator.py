@@ -17,6 +17,7 @@ from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.adoption import Adoption
 from mlxflow.tasks.doit_backend import BACKEND
 from mlxflow.tasks.reporter import StageReporter
+from mlxflow.tasks.stage_store import StageStore
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import reasons
 
@@ -92,6 +93,7 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
     atexit.register(cache.save)  # once, at the end: after a crash the files are read again
     grouped: set[str] = set()
     known = {node.task for node in nodes}
+    store = StageStore(nodes, cache)
     for node in nodes:
         name, _, variant = node.task.partition(":")
         if variant and name not in grouped:
@@ -103,12 +105,12 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
             "basename": name,
             **({"name": variant} if variant else {}),
             "doc": node.doc,
-            "actions": [StageAction(node, cache, known)],
+            "actions": [StageAction(node, cache, known, store)],
             "file_dep": [shown(path) for path in node.inputs],
             "targets": [shown(path) for path in node.outputs],
             "uptodate": [freshness],
             "clean": [(remove_artifact, (node,))],
-            "meta": {"freshness": freshness, "node": node, "cache": cache},
+            "meta": {"freshness": freshness, "node": node, "cache": cache, "store": store},
             "verbosity": 2,
         }
 

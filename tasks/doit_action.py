@@ -16,7 +16,10 @@ from mlxflow.messages.errors import StageError, UserError
 from mlxflow.messages.os_errors import cause_message
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
+from mlxflow.tasks.stage_store import StageStore
+from mlxflow.workflow.journal import VALUES
 from mlxflow.workflow.outputs import observe_outputs
+from mlxflow.workflow.records import FORGOTTEN
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import observe_inputs, observe_settings
 
@@ -46,13 +49,17 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         node: the stage.
         cache: digests by path.
         known: the names of all stages of the workflow, for the lock file.
+        store: where artifacts are shared, if the workflow has a store.
 
     Attributes:
+        is_taken: whether the artifact was taken from the store.
         is_untouched: whether a failed run left every file of the artifact unchanged.
     """
 
-    def __init__(self, node: Node, cache: DigestCache, known: set[str]) -> None:
+    def __init__(self, node: Node, cache: DigestCache, known: set[str], store: StageStore) -> None:
         self.node = node
+        self.store = store
+        self.is_taken = False
         self.cache = cache
         self.known = known
         self.is_untouched = True
@@ -70,7 +77,12 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         before = self._stamps()
         try:
             Globals.dep_manager.backend.check_writable()
+            is_forgotten = FORGOTTEN in (Globals.dep_manager.backend.get(self.node.task, VALUES) or {})
             Globals.dep_manager.remove(self.node.task)
+            self.store.flush()
+            if not is_forgotten and (taken := self.store.take(self.node)):
+                self._keep(taken)
+                return None
             ran = self._run()
         except UserError as error:
             return self._fail(TaskError, str(error))
@@ -123,6 +135,13 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         """Return inode, size and time of the artifact's files, to detect replaced ones."""
         return [_stamp(self.node.path(name)) for name in (*self.node.outputs, *self.node.copies)]
 
+    def _keep(self, taken: dict[str, Any]) -> None:
+        """Keep the record of an artifact that was taken from the store."""
+        self.is_taken = True
+        self.is_untouched = False
+        self.values = taken
+        self._write_lock()
+
     def _record(self, ran: "_Ran", outputs: dict[str, list[Any]]) -> None:
         from mlxflow.tasks import lockfile
 
@@ -134,6 +153,12 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             **self._computed_by(),
             "commit": lockfile.source_commit(self.node.root),
         }
+        self._write_lock()
+        self.store.offer(self.node, self.values)
+
+    def _write_lock(self) -> None:
+        from mlxflow.tasks import lockfile
+
         if line := lockfile.update(self.node.root / layout.LOCKFILE, self.node, self.values, self.known):
             terminal.say(line)
 

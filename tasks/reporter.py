@@ -9,6 +9,7 @@ from doit.reporter import ConsoleReporter
 
 from mlxflow.messages import terminal
 from mlxflow.storage import layout
+from mlxflow.tasks.stage_store import FROM_THE_STORE
 
 
 class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
@@ -41,7 +42,10 @@ class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
 
         node = task.meta["node"]
         self._built.append(node)
-        if report := read_report(node):
+        if task.actions[0].is_taken:
+            self.write(f"ok {node.task}: {FROM_THE_STORE}\n")
+            self.outstream.flush()
+        elif report := read_report(node):
             figures = key_figures(node.task, report)
             self.write(f"ok {node.task}: {task.values.get('seconds', 0.0):,.1f} s{', ' if figures else ''}{figures}\n")
             self.outstream.flush()

@@ -96,6 +96,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         if num_process < 0:  # doit would run nothing
             refuse(f"-n {num_process}: expected a number of processes. Use one such as 2.")
         self._check_names()
+        Selection(self).store.takes = not always  # "execute even if up to date" asks for a build
         return self._run_alone(lambda: run("thread"), is_single=single)  # threads suffice: stages are processes
 
     def _run_alone(self, run: Callable[[], int], *, is_single: bool) -> int:
@@ -121,6 +122,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
                     terminal.say(*stale)
                     return 1
                 code = run()
+                graph.store.flush()
             _say_tracked(artifacts)
             return code
         except LockedError as error:

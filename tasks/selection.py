@@ -9,6 +9,7 @@ from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.doit_backend import Journal
+from mlxflow.tasks.stage_store import StageStore
 from mlxflow.workflow.records import is_complete
 from mlxflow.workflow.stage_node import Node
 
@@ -19,6 +20,7 @@ class Selection:
     Attributes:
         nodes: every stage, each after the ones it reads from.
         cache: digests by path.
+        store: where artifacts are shared.
     """
 
     def __init__(self, command: DoitCmdBase) -> None:
@@ -27,6 +29,7 @@ class Selection:
             refuse(f"{command.name}: needs the stages of a workflow.toml; this dodo.py has none.")
         self.nodes: list[Node] = [meta["node"] for meta in metas]
         self.cache: DigestCache = metas[0]["cache"]
+        self.store: StageStore = metas[0]["store"]
         self.journal: Journal = command.dep_manager.backend
 
     def record(self, task: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import cached_property
 from typing import Any
 
 from doit.cmd_clean import Clean
@@ -38,7 +39,7 @@ _UNDO = {
 
 
 class StageList(Verb, List):  # type: ignore[misc]  # doit has no types
-    """`doit list`; a group of variants is fresh if every variant is."""
+    """`doit list`; a group of variants is fresh if every variant is. `S`: it will be taken from the store."""
 
     name = "list"
     doc_purpose = "list stages, with --status whether each is fresh"
@@ -61,12 +62,24 @@ class StageList(Verb, List):  # type: ignore[misc]  # doit has no types
     def _status(self, task: Any, tasks: dict[str, Any]) -> str:
         members = [tasks[name] for name in task.task_dep] if task.has_subtask else [task]
         states = {self._status_of(member, tasks) for member in members}
-        return next((status for status in "RIU" if status in states), "U")
+        return next((status for status in "RSIU" if status in states), "U")
 
     def _status_of(self, task: Any, tasks: dict[str, Any]) -> str:
         if self.dep_manager.status_is_ignore(task):
             return "I"
-        return "U" if self.dep_manager.get_status(task, tasks).status == "up-to-date" else "R"
+        if self.dep_manager.get_status(task, tasks).status == "up-to-date":
+            return "U"
+        return "S" if task.name in self._taken else "R"
+
+    @cached_property
+    def _taken(self) -> set[str]:
+        """The stages that will be taken from the store of the workflow, if it has one."""
+        graph = Selection(self)
+        if graph.store.table is None:
+            return set()
+        from mlxflow.workflow.staleness import find_stale
+
+        return graph.store.foresee(find_stale(graph.nodes, graph.record, graph.cache, graph.is_ignored))
 
 
 class StageInfo(Verb, Info):  # type: ignore[misc]

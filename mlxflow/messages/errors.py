@@ -6,7 +6,8 @@
         ├── WorkflowError   the workflow file
         ├── SourceError     a source text, or too little of it
         ├── ArtifactError   an artifact that is missing, damaged or of the wrong kind
-        └── CallError       the command line, or arguments given from Python
+        ├── CallError       the command line, or arguments given from Python
+        └── StoreError      the shared store: missing, refused, or with damaged content
 
 A message has the shape `file: key.path = value: what was expected. What to do.`
 """
@@ -52,6 +53,10 @@ class ArtifactError(UserError):
 
 class CallError(UserError):
     """A command or function was called with wrong arguments."""
+
+
+class StoreError(UserError):
+    """The shared store is missing, refuses, or has damaged content."""
 
 
 def reason_of(error: BaseException, max_length: int | None = 200) -> str:

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub; no other module accesses it."""
+"""Downloads of models from the Hugging Face hub; besides `hub_store`, no other module accesses it."""
 
 from collections.abc import Sequence
 from pathlib import Path

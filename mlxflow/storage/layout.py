@@ -30,8 +30,8 @@ WORKFLOW = "workflow.toml"
 LOCKFILE = "mlxflow.lock"
 ARTIFACTS = "artifacts"
 
-#: Files of an artifact.
-REPORT, METRICS, PAGE = "report.toml", "metrics.jsonl", "index.html"
+#: Files of an artifact; the card describes a model to people.
+REPORT, METRICS, PAGE, CARD = "report.toml", "metrics.jsonl", "index.html", "README.md"
 TIMELINE, TIMELINE_JOURNAL = "timeline.safetensors", "timeline.jsonl"
 
 #: The page of several runs side by side.

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow.storage import model_files
+from mlxflow.storage import layout, model_files
 from mlxflow.storage.toml_tables import toml_value
 
-CARD = "README.md"
+CARD = layout.CARD
 
 _MOST_BYTES = 1 << 23
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")

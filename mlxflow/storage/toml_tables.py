@@ -9,6 +9,7 @@ called only if every value is valid by itself.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin, get_type_hints
@@ -38,6 +39,9 @@ _MAX_SHOWN = 1000
 
 # Similar names are suggested for names up to this length, and for this many mistakes
 _MAX_GUESSED, _MAX_GUESSES = 64, 100
+
+# A user name and a password in an address, which messages do not repeat
+_USER_INFO = re.compile(r"(?<=//)[^/\s\"'@]+@")
 
 
 def limit(most: float, description: str, *, least: float = 0, unlimited: float = 0) -> Meta:
@@ -101,7 +105,8 @@ def _toml_character(character: str) -> str:
 def problem_message(problem: Problem, file: str, table: str) -> str:
     """Return the message for a problem in a table of a file, one line."""
     key = ".".join(part for part in (table, problem.key) if part)
-    value = "" if problem.value is msgspec.UNSET else f" = {_shortened(toml_value(problem.value))}"
+    written = "" if problem.value is msgspec.UNSET else _USER_INFO.sub("***@", toml_value(problem.value))
+    value = f" = {_shortened(written)}" if written else ""
     return f"{file}: {key}{value}: {problem.expected}. {problem.advice}"
 
 

@@ -20,12 +20,13 @@ from mlxflow.workflow.model import Settings, Stage, Workflow
 from mlxflow.workflow.ranks import read_ranks
 from mlxflow.workflow.stage import Artifacts, StageModule
 from mlxflow.workflow.stage_references import CycleError, Known, ReferenceRecorder, ordered, upstream
+from mlxflow.workflow.store_table import StoreTable, of_text
 
 #: Every stage, in the order of `doit list`. To add one, add a file to `stages/` and its name here.
 STAGES = ("pretokenize", "train", "quantize", "export", "evaluate", "profile", "benchmark", "report")
 
 #: The tables that are no stages.
-TABLES: dict[str, type[msgspec.Struct]] = {"workflow": Settings, "tracking": Tracking}
+TABLES: dict[str, type[msgspec.Struct]] = {"workflow": Settings, "tracking": Tracking, "store": StoreTable}
 
 #: The most files that all stages may read together; a file counts once for each stage that reads it.
 _MAX_FILES = 100_000
@@ -327,6 +328,8 @@ def resolved_toml(workflow: Workflow) -> str:
         "workflow": msgspec.to_builtins(workflow.settings),
         "tracking": msgspec.to_builtins(workflow.tracking),
     }
+    if store := of_text(workflow.text):
+        document["store"] = msgspec.to_builtins(store)
     for one in workflow.stages:
         table = msgspec.to_builtins(one.config)
         if one.variant:

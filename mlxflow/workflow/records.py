@@ -50,7 +50,8 @@ def _is_digest(value: object) -> bool:
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
-def _is_output(value: object) -> bool:
+def is_output(value: object) -> bool:
+    """Return whether a value is the size and the content digest of a file."""
     if not isinstance(value, list) or len(value) != 2:
         return False
     size, content = value
@@ -77,7 +78,7 @@ def _table_of(check: _Check) -> _Check:
 _FIELDS: dict[str, tuple[bool, _Check, str]] = {
     "settings": (True, are_settings, "a table of settings"),
     "inputs": (True, _table_of(_is_digest), "a digest for each name"),
-    "outputs": (True, lambda value: bool(value) and _table_of(_is_output)(value), "[bytes, digest] for each name"),
+    "outputs": (True, lambda value: bool(value) and _table_of(is_output)(value), "[bytes, digest] for each name"),
     "seconds": (False, is_seconds, "a number of seconds"),
     "device": (False, _is_text, "text"),
     "commit": (False, _is_text, "text"),

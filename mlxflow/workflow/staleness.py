@@ -130,6 +130,11 @@ class StaleStage(NamedTuple):
     seconds: float | None
 
     @property
+    def is_forgotten(self) -> bool:
+        """Whether `doit forget` made it stale."""
+        return _FORGOTTEN in self.own_reasons
+
+    @property
     def reasons(self) -> list[str]:
         """Every reason, in words."""
         return [*self.own_reasons, *upstream_reasons(self.upstream)]

@@ -16,7 +16,7 @@ import zstandard
 
 from mlxflow.messages.errors import ArtifactError, StageError
 from mlxflow.storage.digests import DigestCache
-from mlxflow.tasks import archive
+from mlxflow.tasks import packed_record
 from mlxflow.tasks.archive import pack, unpack
 from mlxflow.workflow.outputs import observe_outputs
 from mlxflow.workflow.stage_node import Node
@@ -346,7 +346,7 @@ def test_a_record_that_could_not_be_unpacked_is_not_packed(
     packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, values = packed.unpack()
-    monkeypatch.setattr(archive, "_LARGEST_RECORD_BYTES", 100)
+    monkeypatch.setattr(packed_record, "LARGEST_BYTES", 100)
     with pytest.raises(ArtifactError, match=r"^train: its record has [\d,]+ bytes, more than an archive can hold\.$"):
         pack(packed.node, values, tmp_path / "other.tar")
     assert not (tmp_path / "other.tar").exists()

@@ -82,7 +82,14 @@ LOOKS += [
 
 
 def test_every_verb_is_covered_by_this_file() -> None:
-    tried = {call.split()[0] for call in (*LOOKS, *WRONG_CALLS)} | {"run", "pack", "unpack", "reproduce"}
+    tried = {call.split()[0] for call in (*LOOKS, *WRONG_CALLS)} | {
+        "run",
+        "pack",
+        "unpack",
+        "reproduce",
+        "push",
+        "pull",
+    }
     assert set(DoitMain().get_cmds()) <= tried
 
 

@@ -53,7 +53,8 @@ LONG = 300 * "a"
 ONE_MISTAKE = {
     "[tarin]\nnum_steps = 1": "workflow.toml: tarin: unknown key. Did you mean train?",
     "colour = 1": "workflow.toml: colour: unknown key. "
-    "Known here: benchmark, evaluate, export, pretokenize, profile, quantize, report, tracking, train, workflow.",
+    "Known here: benchmark, evaluate, export, pretokenize, profile, quantize, report, store, tracking, train, "
+    "workflow.",
     "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
     "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: adjust_every, batch_size, betas, "
     "checkpointing, constant_tokens_per_step, decay_steps, deterministic, document_mask, dynamic_batch_size, "

@@ -15,6 +15,8 @@ _HEADING = ("key", "default", "takes", "is")
 #: What a table is for, and the pages that explain it.
 _ABOUT = {
     "workflow": "Settings of the whole workflow: name, seed, device, threads and memory limits.",
+    "store": "Shares artifacts between machines: `doit` takes them from a bucket or a folder instead of building "
+    "them. Guide: [a shared store](../../guides/store.md).",
     "pretokenize": "Reads sources, applies chat templates, tokenizes, and packs documents into rows. Guides: "
     "[notes](../../guides/notes.md), [chat](../../guides/chat.md), [packing and masks]"
     "(../../explanations/packing-and-masks.md).",
