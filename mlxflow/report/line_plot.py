@@ -17,6 +17,9 @@ WIDTH = 1000.0
 _HEIGHT = 220.0
 _LANE = 13.0
 
+# Half the width of the ends of an interval
+_CAP = 5
+
 # Share of the axis that is left free at both ends of plots that are zoomed together, so that marks there are whole
 _MARK_ROOM = 0.016
 
@@ -67,6 +70,22 @@ class Mark(NamedTuple):
     title: str
 
 
+class Interval(NamedTuple):
+    """The interval of a value, drawn as a vertical line.
+
+    Attributes:
+        x: on the axis.
+        low: its begin.
+        high: its end.
+        style: of the value's series.
+    """
+
+    x: float
+    low: float
+    high: float
+    style: str
+
+
 class Axes(NamedTuple):
     """The two axes of a plot.
 
@@ -95,6 +114,7 @@ def lines(
     group: str = "",
     marks: Sequence[Mark] = (),
     bands: Sequence[Band] = (),
+    intervals: Sequence[Interval] = (),
     height: float = _HEIGHT,
 ) -> Markup:
     """Return a plot of series over one axis, downsampled with all peaks kept.
@@ -106,17 +126,20 @@ def lines(
         group: plots of one group are zoomed together; empty for no zoom.
         marks: highlighted points.
         bands: named intervals of the axis, in lanes above the lines.
+        intervals: of values.
         height: in pixels.
     """
     thinned = [curve._replace(x=x, y=y) for curve in series for x, y in [svg.thin(curve.x, curve.y)] if len(x)]
     inner = _scale_across(thinned, bands, room=0.5 if axes.names else 0.0)
     free = _MARK_ROOM * (inner.high - inner.low) if group else 0.0
     across = Scale(inner.low - free, inner.high + free)
-    up = _scale_up(thinned, marks, bands, axes)
+    reached = [end for one in intervals for end in (one.low, one.high)]
+    up = _scale_up(thinned, [*reached, *(mark.y for mark in marks)], bands, axes)
     ticks = up.ticks(5)
     lanes = (max(band.lane for band in bands) + 1) * _LANE if bands else 0.0
     up = up._replace(high=up.low + (up.high - up.low) * height / (height - lanes))
     drawn = [_grid(ticks, up, height), *_bands(bands, across, up, height)]
+    drawn += [_interval(one, across, up, height) for one in intervals]
     drawn += [_line(one, index, across, up, height) for index, one in enumerate(thinned)]
     drawn += [_mark(mark, across, up, height) for mark in marks]
     shape = {
@@ -141,9 +164,9 @@ def _scale_across(series: Sequence[Series], bands: Sequence[Band], *, room: floa
     return Scale(across.low - 0.5, across.high + 0.5) if across.low == across.high else across
 
 
-def _scale_up(series: Sequence[Series], marks: Sequence[Mark], bands: Sequence[Band], axes: Axes) -> Scale:
+def _scale_up(series: Sequence[Series], others: Sequence[float], bands: Sequence[Band], axes: Axes) -> Scale:
     ends = [float(value) for curve in series for value in (curve.y.min(), curve.y.max())]
-    ends += [mark.y for mark in marks] + [band.value for band in bands if band.value]
+    ends += [*others] + [band.value for band in bands if band.value]
     return svg.scale_of(ends, logarithmic=axes.logarithmic, from_zero=axes.from_zero)
 
 
@@ -219,6 +242,13 @@ def _bands(bands: Sequence[Band], across: Scale, up: Scale, height: float) -> li
         if heights:
             drawn.append(tag("path", {"class": f"line {style}", "d": heights}))
     return drawn
+
+
+def _interval(interval: Interval, across: Scale, up: Scale, height: float) -> Markup:
+    x, top, bottom = across(interval.x) * WIDTH, (1 - up(interval.high)) * height, (1 - up(interval.low)) * height
+    path = f"M{svg.trim(x)} {svg.trim(top)}V{svg.trim(bottom)}"
+    path += "".join(f"M{svg.trim(x - _CAP)} {svg.trim(end)}h{2 * _CAP}" for end in (top, bottom))
+    return tag("path", {"class": f"line {interval.style.partition(' ')[0]}", "d": path})
 
 
 def _mark(mark: Mark, across: Scale, up: Scale, height: float) -> Markup:

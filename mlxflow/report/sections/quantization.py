@@ -11,6 +11,7 @@ from mlxflow.report.formatting import UNKNOWN, clean, shorten, show, show_bytes,
 from mlxflow.report.line_plot import Axes, Series
 from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
+from mlxflow.report.sections.quality_curve import quality_curve
 from mlxflow.report.stage_reports.quantize import LayerFigures, QualityFigures, QuantizeReport
 
 if TYPE_CHECKING:
@@ -32,11 +33,9 @@ def _blocks(run: Run) -> list[Block]:
         return [Note("Nothing was quantized: the workflow has no quantize stage.")]
     if not built:
         return missing
-    blocks: list[Block] = [_summary(built)]
-    blocks += _layers(
-        {task: {layer.path: layer for layer in report.layers} for task, report in built.items()},
-        colors.styles_of_models([*run.models, *built]),
-    )
+    styles = colors.styles_of_models([*run.models, *built])
+    blocks: list[Block] = [_summary(built), *quality_curve(built, styles)]
+    blocks += _layers({task: {layer.path: layer for layer in report.layers} for task, report in built.items()}, styles)
     for task, report in built.items():
         if report.layers_toml:
             title = f"The layers' bits that the budget of {task} chose, to paste into its table"
