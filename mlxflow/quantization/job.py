@@ -22,6 +22,7 @@ from mlxflow.quantization.quality import measure_quality
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.scale_tuning import TunedScales
 from mlxflow.quantization.streaming_export import Exported, export
+from mlxflow.quantization.work_forecast import announced
 from mlxflow.report.stage_reports.quantize import BudgetFigures, QualityFigures, RotationFigures, TeacherFigures
 from mlxflow.storage import config_json, tensor_writing
 from mlxflow.storage.run_context import Context, ModelFolder
@@ -60,6 +61,20 @@ class QuantizationResult(NamedTuple):
 
 
 def run_job(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    tokens: TokenPair | None,
+    *,
+    outputs: ModelFolder,
+    metrics: Path | None,
+    context: Context,
+) -> QuantizationResult:
+    """Say what a quantization will take, do it, and write its folder; see `_run`."""
+    with announced(request, dense, tokens, context):
+        return _run(request, dense, tokens, outputs=outputs, metrics=metrics, context=context)
+
+
+def _run(
     request: QuantizationRequest,
     dense: DenseModel,
     tokens: TokenPair | None,

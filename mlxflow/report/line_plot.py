@@ -70,7 +70,7 @@ class Mark(NamedTuple):
     title: str
 
 
-class Interval(NamedTuple):
+class Whisker(NamedTuple):
     """The interval of a value, drawn as a vertical line.
 
     Attributes:
@@ -114,7 +114,7 @@ def lines(
     group: str = "",
     marks: Sequence[Mark] = (),
     bands: Sequence[Band] = (),
-    intervals: Sequence[Interval] = (),
+    intervals: Sequence[Whisker] = (),
     height: float = _HEIGHT,
 ) -> Markup:
     """Return a plot of series over one axis, downsampled with all peaks kept.
@@ -244,7 +244,7 @@ def _bands(bands: Sequence[Band], across: Scale, up: Scale, height: float) -> li
     return drawn
 
 
-def _interval(interval: Interval, across: Scale, up: Scale, height: float) -> Markup:
+def _interval(interval: Whisker, across: Scale, up: Scale, height: float) -> Markup:
     x, top, bottom = across(interval.x) * WIDTH, (1 - up(interval.high)) * height, (1 - up(interval.low)) * height
     path = f"M{svg.trim(x)} {svg.trim(top)}V{svg.trim(bottom)}"
     path += "".join(f"M{svg.trim(x - _CAP)} {svg.trim(end)}h{2 * _CAP}" for end in (top, bottom))

@@ -9,7 +9,7 @@ import numpy as np
 from mlxflow.report import colors, line_plot
 from mlxflow.report.elements import Block, Figure, Note, Table
 from mlxflow.report.formatting import show, show_interval
-from mlxflow.report.line_plot import Axes, Interval, Series
+from mlxflow.report.line_plot import Axes, Series, Whisker
 from mlxflow.report.stage_reports.quantize import QuantizeReport
 
 #: The name of the line through the models that no other one beats.
@@ -72,29 +72,36 @@ def quality_curve(built: Mapping[str, QuantizeReport], styles: Mapping[str, str]
     points = points_of(built)
     if len(points) < 2:
         return []
-    texts = {report.quality.text for report in built.values() if report.quality is not None}
-    front = pareto_front(points)
-    names = {one.task for one in front}
-    shown = points[: colors.STYLES]
+    blocks: list[Block] = [_figure(points, styles), _table(points)]
+    if len({report.quality.text for report in built.values() if report.quality is not None}) > 1:
+        blocks.append(Note("These models were judged on different texts: their divergences cannot be compared."))
+    return blocks
+
+
+def _figure(points: Sequence[ModelPoint], styles: Mapping[str, str]) -> Figure:
+    front, shown = pareto_front(points), points[: colors.STYLES]
     series = [
-        Series(FRONT, np.array([one.bits_per_weight for one in front]), np.array([one.kl for one in front]), "front"),
-        *(
-            Series(one.task, np.array([one.bits_per_weight]), np.array([one.kl]), styles[one.task], points=True)
-            for one in shown
-        ),
+        Series(FRONT, np.array([one.bits_per_weight for one in front]), np.array([one.kl for one in front]), "front")
     ]
-    is_wide = points[-1].kl > 0 and max(one.kl for one in points) > _WIDE * min(one.kl for one in points) > 0
-    intervals = [_interval(one, styles[one.task], from_zero=not is_wide) for one in shown]
+    for one in shown:
+        place = np.array([one.bits_per_weight]), np.array([one.kl])
+        series.append(Series(one.task, *place, styles[one.task], points=True))
+    least, most = min(one.kl for one in points), max(one.kl for one in points)
+    is_wide = 0 < _WIDE * least < most
     title = "Quality against size: divergence from the dense model, with its 95 % interval"
-    on_front = ", ".join(one.task for one in front)
     plot = line_plot.lines(
         series,
         Axes("stored bits a weight, of all parameters", logarithmic=is_wide, from_zero=not is_wide),
-        label=f"{title}. On the Pareto front: {on_front}.",
+        label=f"{title}. On the Pareto front: {', '.join(one.task for one in front)}.",
         group="quality",
-        intervals=intervals,
+        intervals=[_interval(one, styles[one.task], from_zero=not is_wide) for one in shown],
     )
     legend = ((series[0].style, FRONT), *((f"{styles[one.task]} dot", one.task) for one in shown))
+    return Figure(title, plot, legend=legend, wide=True)
+
+
+def _table(points: Sequence[ModelPoint]) -> Table:
+    names = {one.task for one in pareto_front(points)}
     cells = [
         (
             one.task,
@@ -105,16 +112,10 @@ def quality_curve(built: Mapping[str, QuantizeReport], styles: Mapping[str, str]
         for one in points
     ]
     head = ("Model", "Stored bits a weight", "KL, nats", "On the Pareto front")
-    blocks: list[Block] = [
-        Figure(title, plot, legend=legend, wide=True),
-        Table("Quality against size", head, cells, words=(0, 3)),
-    ]
-    if len(texts) > 1:
-        blocks.append(Note("These models were judged on different texts: their divergences cannot be compared."))
-    return blocks
+    return Table("Quality against size", head, cells, words=(0, 3))
 
 
-def _interval(point: ModelPoint, style: str, *, from_zero: bool) -> Interval:
+def _interval(point: ModelPoint, style: str, *, from_zero: bool) -> Whisker:
     reach = _ERRORS * point.standard_error
     low = max(point.kl - reach, 0.0 if from_zero else point.kl / _MOST_BELOW)
-    return Interval(point.bits_per_weight, low, point.kl + reach, style)
+    return Whisker(point.bits_per_weight, low, point.kl + reach, style)

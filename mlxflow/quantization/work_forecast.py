@@ -1,0 +1,290 @@
+"""What a quantization will take, said before it starts: seconds and memory, from a short trial or from earlier runs.
+
+The work of a method is counted in floating-point operations, and a trial of this device's products gives seconds. How
+far a method is from that differs by device and model, so each finished run records by how much it missed, and later
+runs of the same method are predicted with it; the first one has a wide interval.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlxflow.device import compute_device, phase_peaks
+from mlxflow.messages import terminal
+from mlxflow.quantization.block_method import TOKENS_PER_STEP
+from mlxflow.quantization.dense_model import DenseModel, TokenPair
+from mlxflow.quantization.plan import quantizable_layers
+from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.storage import atomic_folders, state_files
+from mlxflow.storage.run_context import Context
+from mlxflow.training.progress import duration
+
+_FILE, _FORMAT = "quantize-rates.json", 1
+
+# Records of a method that are kept
+_MOST_RECORDS = 8
+
+# Products of the trial: rows, and their number
+_TRIAL_ROWS, _TRIAL_PRODUCTS = 512, 4
+
+# Without a record: how many times slower the work is than products alone, and the factor of the interval
+_SLOWER, _UNKNOWN = 2.5, 3.0
+
+# With records: the smallest factor of the interval, and that of a single record
+_LEAST_FACTOR, _ONE_RECORD = 1.2, 1.6
+
+# Forward passes over the calibration rows that a method is worth, besides what is counted in detail
+_PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 5, "block": 6, "qat": 0}
+
+# Operations to round a weight to a fitted grid, and to pack it
+_ROUNDING, _PACKING = 1500, 100
+
+# Bytes of the logits that are held at a time when a quality loss is measured
+_MEASURED_BYTES = 300_000_000
+
+
+class ModelShape(NamedTuple):
+    """The sizes of a model on which its quantization depends.
+
+    Attributes:
+        parameters: weights of the layers that can be quantized.
+        blocks: the same within the blocks.
+        num_blocks: of them.
+        num_bytes: of all parameters.
+        square_widths: sum over the layers of the squares of their widths.
+        cubic_widths: of their cubes.
+        hidden_size: D.
+        largest: weights of the largest layer.
+        vocab_size: V.
+    """
+
+    parameters: int
+    blocks: int
+    num_blocks: int
+    num_bytes: int
+    square_widths: float
+    cubic_widths: float
+    hidden_size: int
+    largest: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: nn.Module, vocab_size: int) -> "ModelShape":
+        """Return the sizes of a dense model; its weights may be lazy."""
+        shapes = {path: layer.weight.shape for path, layer in quantizable_layers(model).items()}
+        sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+        widths = [float(shape[-1]) for shape in shapes.values()]
+        inside = [path for path in sizes if ".layers." in path or path.startswith("layers.")]
+        return cls(
+            parameters=sum(sizes.values()),
+            blocks=sum(sizes[path] for path in inside),
+            num_blocks=max(1, len(getattr(model, "layers", None) or [])),
+            num_bytes=sum(value.nbytes for _, value in tree_flatten(model.parameters())),
+            square_widths=sum(width**2 for width in widths),
+            cubic_widths=sum(width**3 for width in widths),
+            hidden_size=int(min(widths, default=1)),
+            largest=max(sizes.values(), default=0),
+            vocab_size=vocab_size,
+        )
+
+
+class QuantizationWork(NamedTuple):
+    """The work of a quantization: floating-point operations, and bytes of arrays held together."""
+
+    operations: float
+    held_bytes: float
+
+
+class WorkRecord(NamedTuple):
+    """By how much a finished run missed its prediction from products: factors of seconds and of bytes."""
+
+    seconds: float
+    held_bytes: float
+
+
+class PredictedRange(NamedTuple):
+    """A prediction: the likeliest value, and an interval around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+def work_of(
+    request: QuantizationRequest, shape: ModelShape, *, row_tokens: int, num_rows: int, validation_rows: int
+) -> QuantizationWork:
+    """Return the work of a request.
+
+    Args:
+        request: method, settings and limits.
+        shape: of the model.
+        row_tokens: tokens of a row, L.
+        num_rows: training rows.
+        validation_rows: on which the result is measured.
+    """
+    tokens = min(request.calibration_rows, num_rows) * row_tokens
+    one_pass = 2.0 * shape.parameters * tokens
+    own = _method_operations(request, shape, one_pass, tokens, row_tokens, num_rows)
+    operations = own + shape.parameters * _PACKING + 4.0 * shape.parameters * validation_rows * row_tokens
+    operations += (request.rotations + 2) * one_pass if request.rotations else 0.0
+    if request.budget is not None:
+        pairs = len(request.budget.candidate_bits) * len(request.budget.candidate_group_sizes)
+        trial = _method_operations(
+            request._replace(block_steps=0, scale_steps=0, training=None), shape, one_pass, tokens, row_tokens, num_rows
+        )
+        operations += pairs * (trial + shape.parameters * _ROUNDING) + 6.0 * one_pass + (own + one_pass)
+    return QuantizationWork(operations, _held_bytes(request, shape, tokens, row_tokens))
+
+
+def _method_operations(
+    request: QuantizationRequest, shape: ModelShape, one_pass: float, tokens: int, row_tokens: int, num_rows: int
+) -> float:
+    operations = _PASSES[request.method] * one_pass
+    if request.method in ("gptq", "block"):
+        operations += 2.0 * tokens * shape.square_widths + 4.0 * shape.cubic_widths
+    if request.method == "block":
+        operations += shape.parameters * _ROUNDING + 6.0 * request.block_steps * TOKENS_PER_STEP * shape.blocks
+        if request.scale_steps:
+            operations += 6.0 * request.scale_steps * TOKENS_PER_STEP * shape.parameters + one_pass
+    if request.training is not None:
+        settings = request.training.settings
+        read = settings.num_steps * settings.rows_per_step
+        operations += shape.parameters * _ROUNDING + 6.0 * shape.parameters * read * row_tokens
+        if request.training.distills:
+            operations += 2.0 * shape.parameters * min(read, num_rows) * row_tokens
+    return operations
+
+
+def _held_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, row_tokens: int) -> float:
+    """Return about the bytes of arrays that are held together at most."""
+    block, hidden = 4.0 * shape.blocks / shape.num_blocks, 4.0 * tokens * shape.hidden_size
+    step_logits = 16.0 * TOKENS_PER_STEP * shape.vocab_size
+    of_method = {
+        "rtn": 8.0 * shape.largest,
+        "gptq": shape.num_bytes + 2 * hidden + 8 * block,
+        "awq": shape.num_bytes + 4 * hidden + 8 * block,
+        "dwq": 3.0 * shape.num_bytes + 16.0 * 4 * row_tokens * shape.vocab_size,
+        "block": max(12 * block, 10.0 * 4 * min(shape.largest, 1 << 24)) + 0.2 * shape.num_bytes,
+        "qat": 0.0,
+    }[request.method]
+    if request.method == "block" and request.scale_steps:
+        of_method = max(of_method, 1.5 * shape.num_bytes + step_logits)
+    if request.training is not None:
+        settings = request.training.settings
+        positions = settings.batch_size * row_tokens
+        activations = 64.0 * positions * shape.hidden_size * shape.num_blocks
+        of_method = 16.0 * shape.parameters + 16.0 * positions * shape.vocab_size + activations
+    return max(of_method, 1.3 * shape.num_bytes + _MEASURED_BYTES)
+
+
+def predicted(exact: float, factors: Sequence[float], *, slower: float) -> PredictedRange:
+    """Return a prediction with its interval.
+
+    Args:
+        exact: counted, in any unit.
+        factors: of earlier runs: what was measured by what was counted.
+        slower: the factor without an earlier run.
+    """
+    if not factors:
+        value = exact * slower
+        return PredictedRange(value, value / _UNKNOWN, value * _UNKNOWN)
+    logs = np.log(np.asarray(factors, np.float64))
+    value = exact * float(np.exp(np.median(logs)))
+    spread = float(np.exp(2 * logs.std())) if len(factors) > 1 else _ONE_RECORD
+    factor = max(_LEAST_FACTOR, spread)
+    return PredictedRange(value, value / factor, value * factor)
+
+
+def operations_per_second(width: int, dtype: mx.Dtype) -> float:
+    """Return the operations a second of this device in products of a model's width, from a trial of a moment."""
+    x, weight = mx.ones((_TRIAL_ROWS, width), dtype), mx.ones((4 * width, width), dtype)
+    mx.eval(x @ weight.T)
+    begin = time.perf_counter()
+    for _ in range(_TRIAL_PRODUCTS):
+        mx.eval(x @ weight.T)
+    seconds = max(time.perf_counter() - begin, 1e-6)
+    return 2.0 * _TRIAL_PRODUCTS * _TRIAL_ROWS * 4 * width * width / seconds
+
+
+@contextmanager
+def announced(
+    request: QuantizationRequest, dense: DenseModel, tokens: TokenPair | None, context: Context
+) -> Iterator[None]:
+    """Say what a quantization will take, and record what it took when the block ends without an error.
+
+    Args:
+        request: method, settings and limits.
+        dense: the model; its weights are not read.
+        tokens: None for rounding without a measurement.
+        context: of the stage.
+    """
+    length, num_rows, validation_rows = 1, 0, 0
+    vocab_size = int(dense.config_json.get("vocab_size") or 0)
+    if tokens is not None:
+        length, num_rows = tokens.train.context_length, tokens.train.rows.num_rows
+        validation_rows = min(request.limits.max_rows, tokens.validation.rows.num_rows)
+        vocab_size = tokens.train.vocab_size
+    shape = ModelShape.of(dense.model, vocab_size)
+    work = work_of(request, shape, row_tokens=length, num_rows=num_rows, validation_rows=validation_rows)
+    dtype = next((layer.weight.dtype for layer in quantizable_layers(dense.model).values()), mx.float32)
+    counted = work.operations / operations_per_second(shape.hidden_size, dtype)
+    file, name = context.state / _FILE, f"{request.method} on {context.device} {compute_device.name()}"
+    records = read_records(file)
+    own = records.get(name, [])
+    terminal.say(described(request.method, counted, work.held_bytes, own, task=context.task))
+    is_resumed = context.unfinished.is_dir() and any(os.scandir(context.unfinished))
+    begin = time.perf_counter()
+    with phase_peaks.followed() as peak:
+        yield
+    if not is_resumed:
+        record = WorkRecord((time.perf_counter() - begin) / counted, peak.bytes / work.held_bytes)
+        write_records(file, records | {name: [*own, record][-_MOST_RECORDS:]})
+
+
+def described(method: str, seconds: float, held_bytes: float, records: Sequence[WorkRecord], *, task: str) -> str:
+    """Return the line that says what a method will take.
+
+    Args:
+        method: of quantization.
+        seconds: of its products alone.
+        held_bytes: counted.
+        records: of earlier runs of the method on this device.
+        task: the stage.
+    """
+    time_taken = predicted(seconds, [one.seconds for one in records], slower=_SLOWER)
+    memory = predicted(held_bytes, [one.held_bytes for one in records], slower=1.0)
+    count = len(records)
+    source = f"from {count} earlier run{'s' if count > 1 else ''} here" if count else "a guess: it never ran here"
+    return (
+        f"{task}: {method} will take about {duration(time_taken.value)} ({duration(time_taken.low)} to "
+        f"{duration(time_taken.high)}) and {memory.value / 1e9:.2g} GB ({memory.low / 1e9:.2g} to "
+        f"{memory.high / 1e9:.2g}), {source}"
+    )
+
+
+def read_records(file: Path) -> dict[str, list[WorkRecord]]:
+    """Return the records of earlier runs by method and device; none if the file is missing or not valid."""
+    try:
+        content: Any = state_files.read(file)
+        return {
+            str(name): [WorkRecord(float(seconds), float(size)) for seconds, size in rows if min(seconds, size) > 0]
+            for name, rows in content["records"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_records(file: Path, records: dict[str, list[WorkRecord]]) -> None:
+    """Write the records of runs by method and device."""
+    content = {name: [list(one) for one in rows] for name, rows in records.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_folders.write_whole(file, state_files.encode({"format": _FORMAT, "records": content}))
