@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxflow.cli.arguments import add_workflow
 from mlxflow.messages import terminal
-from mlxflow.messages.errors import ArtifactError, WorkflowError
+from mlxflow.messages.errors import ArtifactError, CallError, WorkflowError
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.models import vocabularies
 from mlxflow.models.new_model import new_config
@@ -126,9 +126,10 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
 
 
 def _plan_mistakes(workflow: Workflow) -> list[str]:
-    """Return a line for each entry of `layers` that does not fit the model."""
+    """Return a line for each entry of `layers` that does not fit the model, and for each unsupported method."""
     from mlxflow.models import model_folder
-    from mlxflow.quantization.plan import check_supported, resolve
+    from mlxflow.quantization.plan import resolve
+    from mlxflow.quantization.plan_choice import require_supported
 
     lines: list[str] = []
     cached: tuple[Any, Any] = (None, None)  # variants of one model mostly follow each other
@@ -143,13 +144,17 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
             with remote_code.trusting_code(workflow.trusts_code(one)):
                 if cached[0] != what:
                     cached = what, model_folder.skeleton(architecture, code=folder)
-            check_supported(
-                resolve(cached[1], default=config.default, rules=[rule.rule for rule in config.layers], key=key).layers,
-                key,
-            )
-        except WorkflowError as error:
+            plan = resolve(cached[1], default=config.default, rules=[rule.rule for rule in config.layers], key=key)
+            length = getattr(_tokens(workflow, config), "context_length", None)
+            require_supported(config, cached[1].eval(), plan.layers, context_length=length, key=key)
+        except (CallError, WorkflowError) as error:
             lines += error.problems
     return lines
+
+
+def _tokens(workflow: Workflow, config: Any) -> Any:
+    """Return the table of the tokens that a stage reads; None if it reads none."""
+    return workflow.find(config.token_stage).config if config.token_stage else None
 
 
 def _maker(workflow: Workflow, stage: Stage) -> Stage:

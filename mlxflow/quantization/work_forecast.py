@@ -6,7 +6,6 @@ runs of the same method are predicted with it; the first one has a wide interval
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -241,7 +240,7 @@ def announced(
     records = read_records(file)
     own = records.get(name, [])
     terminal.say(described(request.method, counted, work.held_bytes, own, task=context.task))
-    is_resumed = context.unfinished.is_dir() and any(os.scandir(context.unfinished))
+    is_resumed = context.unfinished.is_dir() and any(context.unfinished.iterdir())
     begin = time.perf_counter()
     with phase_peaks.followed() as peak:
         yield

@@ -747,6 +747,80 @@ def test_check_validates_the_plan_without_artifacts(job: Job) -> None:
     check_plans(load_workflow(job.folder / "workflow.toml"))
 
 
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        (
+            {"method": "gptq", "bits": 3},
+            'quantize.method = "gptq": mlx-lm\'s GPTQ has 2, 4 and 8 bits, and LAYER has 3. Use one of them.',
+        ),
+        (
+            {"method": "block", "layers": [{"match": "model.layers.*", "skip": True}]},
+            'quantize.method = "block": the plan has no layer that it could learn. Leave one of the blocks\' to be '
+            "quantized.",
+        ),
+        (
+            {"method": "block", "mode": "mxfp4", "scale_steps": 3},
+            "quantize.scale_steps = 3: trains affine layers, and the plan has none. "
+            'Set mode = "affine", or scale_steps = 0.',
+        ),
+    ],
+)
+def test_a_method_that_does_not_support_the_plan_is_refused_before_anything_is_computed(
+    job: Job, table: dict[str, Any], line: str
+) -> None:
+    (found,) = job.problems(UserError, **table)
+    assert re.sub(r"model\.layers\.0\.[\w.]+\w", "LAYER", found) == line
+    shutil.rmtree(job.folder / "artifacts")
+    with pytest.raises(WorkflowError) as caught:
+        check_plans(load_workflow(job.folder / "workflow.toml"))
+    found = str(caught.value).rpartition("workflow.toml: ")[2]
+    assert re.sub(r"model\.layers\.0\.[\w.]+\w", "LAYER", found) == line
+
+
+@pytest.mark.parametrize("budget", [{}, {"target_bits_per_weight": 3.6, "candidate_bits": [2, 4]}])
+def test_a_block_run_that_ends_in_the_middle_resumes_after_its_last_block_to_the_same_bytes(
+    job: Job, monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any]
+) -> None:
+    from mlxflow.quantization import block_method
+    from mlxflow.quantization.block_training import train_block
+
+    table = {"method": "block", "block_steps": 4, "calibration_rows": 16, "candidate_group_sizes": [64], **budget}
+    job.run(**table)
+    whole = (job.artifact / "model.safetensors").read_bytes()
+    shutil.rmtree(job.artifact)
+    calls = 0
+
+    def ended(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return train_block(*arguments, **named)
+
+    monkeypatch.setattr(block_method, "train_block", ended)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(**table)
+    monkeypatch.undo()
+    assert not job.artifact.exists()
+    (first,) = (job.folder / "artifacts").rglob("block-0.safetensors")
+    inode = first.stat().st_ino
+    learned: list[int] = []
+    learn = block_method._BlockWork.learn
+
+    def counted(self: Any, number: int, call: Any) -> None:
+        if first.exists():
+            assert first.stat().st_ino == inode
+        learned.append(number)
+        learn(self, number, call)
+
+    monkeypatch.setattr(block_method._BlockWork, "learn", counted)
+    job.run(**table)
+    assert learned[0] == 1  # block 0 was finished
+    assert (job.artifact / "model.safetensors").read_bytes() == whole
+    assert not list((job.folder / "artifacts").rglob("block-*.safetensors"))
+
+
 def test_show_prints_each_layer_with_its_bits_and_error(job: Job) -> None:
     report = job.run(bits=3, layers=[{"match": "*embed*", "skip": True}])
     result = mlxflow(job.folder, "show", "quantize")
