@@ -48,7 +48,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "block": {"method": "block"},
     "e2e": {"method": "block"},
+    "rotated": {"method": "block", "rotations": 4},
+    "scales": {"method": "qat", "training": "scales", "distill": True},
+    "all": {"method": "qat", "training": "full", "distill": True},
 }
+
+# Methods that start from the codes of "block"
+_STARTS = ("scales", "all")
 MLX_LM = ("gptq", "awq", "dwq", "dynamic")
 
 # mlx-lm's GPTQ has no 3 bits
@@ -71,7 +77,8 @@ def main() -> None:
     run.add_argument("--context-length", type=int, default=256)
     run.add_argument("--calibration-rows", type=int, default=128)
     run.add_argument("--block-steps", type=int, default=100)
-    run.add_argument("--scale-steps", type=int, default=100, help="of e2e")
+    run.add_argument("--scale-steps", type=int, default=100, help="of e2e, scales and all")
+    run.add_argument("--batch-size", type=int, default=8, help="of scales and all")
     run.add_argument("--documents", type=int, default=100, help="news articles that judge")
     run.add_argument("--device", default="auto")
     run.add_argument("--write", type=int, default=0, metavar="TOKENS", help="of a sample that each model writes")
@@ -109,8 +116,12 @@ def _run(parsed: argparse.Namespace) -> None:
             table = _table(parsed, dense, method, bits)
             if method == "dynamic":
                 table["layers"] = _dynamic_rules(parsed, dense, job, bits)
-            _write_workflow(job, parsed, dense, seed, [{"name": name, **table}])
-            _command(job, f"quantize:{name}")
+            tables = [{"name": name, **table}]
+            if method in _STARTS:
+                tables.insert(0, {"name": f"start_w{bits}", **_table(parsed, dense, "block", bits)})
+            _write_workflow(job, parsed, dense, seed, tables)
+            for one in tables:
+                _command(job, f"quantize:{one['name']}")
             seconds = time.perf_counter() - begin
             artifact = job / "artifacts/quantize" / name
             line = {
@@ -151,7 +162,9 @@ def _table(parsed: argparse.Namespace, dense: Path, method: str, bits: int) -> d
         "max_validation_rows": 1,
         **METHODS[method],
     }
-    if method in ("block", "e2e"):
+    if method in _STARTS:
+        table |= {"start": f"quantize:start_w{bits}", "num_steps": parsed.scale_steps, "batch_size": parsed.batch_size}
+    if method in ("block", "e2e", "rotated"):
         table["block_steps"] = parsed.block_steps
     if method == "e2e":
         table["scale_steps"] = parsed.scale_steps
