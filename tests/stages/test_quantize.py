@@ -402,6 +402,23 @@ def test_variants_share_the_teacher_until_the_model_or_the_text_changes(variants
     assert variants.run("a", **tables)["teacher"]["file"] not in (other, first["file"])
 
 
+def test_a_variant_is_built_after_the_one_that_it_starts_from_and_has_its_settings(variants: Variants) -> None:
+    a = {"bits": 3, "group_size": 32, "layers": [{"match": "*embed*", "bits": 8}], "dtype": "keep"}
+    variants.write(b={"method": "qat", "start": "quantize:a", "num_steps": 2}, a=a)
+    workflow = load_workflow(variants.folder / "workflow.toml")
+    tasks = [one.task for one in workflow.stages]
+    assert tasks.index("quantize:a") < tasks.index("quantize:b")
+    own, other = (cast("Config", workflow.find(f"quantize:{name}").config) for name in "ba")
+    for key in ("bits", "group_size", "layers", "dtype", "mode"):
+        assert getattr(own, key) == getattr(other, key)
+    inputs = cast("Any", workflow.find("quantize:b").inputs)
+    assert [path.as_posix() for path in inputs.start] == [
+        "artifacts/quantize/a/model.safetensors",
+        "artifacts/quantize/a/report.toml",
+    ]
+    check_plans(workflow)
+
+
 @pytest.mark.parametrize(
     ("start", "table", "line"),
     [
