@@ -21,6 +21,7 @@ from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_parts
 from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.scale_groups import in_fp32_on_cpu
 from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
 from mlxflow.quantization.settings import Setting
 from mlxflow.report.stage_reports.quantize import BudgetFigures, BudgetPlanFigures
@@ -97,14 +98,16 @@ def allocate(
     plans_made = bit_allocation.plans_within(room, costs, asked, most_uniform=_UNIFORM.get(request.method, 1))
     ids, marks = calibration_rows(request, tokens, context, skips=request.calibration_rows)
     rows = Rows(np.array(ids), np.array(marks))
-    reference = Reference.of(dense.reopened())
+    exact = dense.reopened()
     tried: list[_Tried] = []
     for name, layers in plans_made.items():
         own = dense._replace(model=dense.reopened())
         learned = learn_layers(request, own, layers, tokens, context, part=f"plan-{len(tried)}")
         weights = dict(_weights(request, own.model, layers, learned.packed))
-        with other_weights(own.model, weights):
-            measured = measure_divergence(reference, own.model, rows, batch_size=_BATCH_SIZE, masks_documents=False)
+        with other_weights(own.model, weights), in_fp32_on_cpu(exact), in_fp32_on_cpu(own.model):
+            measured = measure_divergence(
+                Reference.of(exact), own.model, rows, batch_size=_BATCH_SIZE, masks_documents=False
+            )
         tried.append(_Tried(name, dict(layers), own, learned, measured.kl))
     best = min(tried, key=lambda one: one.divergence)
     figures = BudgetFigures(
@@ -171,12 +174,14 @@ def _costs(
             layers = {path: setting for path, some in candidates.items() if setting in some}
             own, packed = _codes(request, dense, layers, tokens, context, number)
             if request.method == "awq":  # its codes are of scaled weights
-                found.append(projected_costs(own.model, {setting: packed}, *few, objective=objective))
+                with in_fp32_on_cpu(own.model):
+                    found.append(projected_costs(own.model, {setting: packed}, *few, objective=objective))
             else:
                 same_model[setting] = packed
             watch(f"{setting.bits} bits, groups of {setting.group_size}")
     if same_model:
-        found.append(projected_costs(dense.model, same_model, *few, objective=objective))
+        with in_fp32_on_cpu(dense.model):
+            found.append(projected_costs(dense.model, same_model, *few, objective=objective))
     for costs in found:
         for path, options in costs.items():
             merged[path] |= options

@@ -13,6 +13,7 @@ from mlxflow.messages import terminal
 from mlxflow.messages.errors import CallError
 from mlxflow.quantization.codec import round_trip
 from mlxflow.quantization.rotations import Obstacles, Rotation, logits_difference, obstacles
+from mlxflow.quantization.scale_groups import in_fp32_on_cpu
 from mlxflow.quantization.settings import Setting
 from mlxflow.report.stage_reports.quantize import RotationFigures
 
@@ -79,8 +80,9 @@ def choose_rotation(
     parts = {"R1": not found.residual, "R2": not found.heads}
     rotations = [Rotation(seed + number, parts["R1"], parts["R2"]) for number in range(count)]
     difference = _checked(load, rotations[0], rows, name=name)
-    reference = Reference.of(dense)
-    without, *losses = (_divergence(reference, load(), plan, one, rows) for one in (None, *rotations))
+    with in_fp32_on_cpu(dense):
+        reference = Reference.of(dense)
+        without, *losses = (_divergence(reference, load(), plan, one, rows) for one in (None, *rotations))
     best = min(range(count), key=losses.__getitem__)
     is_kept = losses[best] < without
     figures = RotationFigures(
@@ -107,7 +109,8 @@ def _divergence(
     for path, setting in plan.items():
         modules[path].weight = round_trip(modules[path].weight, setting)
         mx.eval(modules[path].weight)
-    return measure_divergence(reference, model, rows, batch_size=_BATCH_SIZE, masks_documents=False).kl
+    with in_fp32_on_cpu(model):
+        return measure_divergence(reference, model, rows, batch_size=_BATCH_SIZE, masks_documents=False).kl
 
 
 def _described(figures: RotationFigures, task: str) -> str:

@@ -235,6 +235,8 @@ def announced(
     shape = ModelShape.of(dense.model, vocab_size)
     work = work_of(request, shape, row_tokens=length, num_rows=num_rows, validation_rows=validation_rows)
     dtype = next((layer.weight.dtype for layer in quantizable_layers(dense.model).values()), mx.float32)
+    if request.method == "block" and mx.default_device() == mx.cpu:
+        dtype = mx.float32  # in which blocks are computed there
     counted = work.operations / operations_per_second(shape.hidden_size, dtype)
     file, name = context.state / _FILE, f"{request.method} on {context.device} {compute_device.name()}"
     records = read_records(file)
