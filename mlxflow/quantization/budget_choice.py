@@ -19,7 +19,6 @@ from mlxflow.quantization.grids import first_grid, pack_on
 from mlxflow.quantization.layer_inputs import other_weights
 from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
 from mlxflow.quantization.plan import quantizable_layers
-from mlxflow.quantization.progress import show_parts
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.scale_groups import in_fp32_on_cpu
 from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
@@ -169,16 +168,16 @@ def _costs(
     settings = sorted({one for some in candidates.values() for one in some})
     same_model: dict[Setting, dict[str, Packed]] = {}
     found: list[Costs] = []
-    with show_parts(context.task, "measuring the method's errors", len(settings), "settings") as watch:
-        for number, setting in enumerate(settings):
-            layers = {path: setting for path, some in candidates.items() if setting in some}
-            own, packed = _codes(request, dense, layers, tokens, context, number)
-            if request.method == "awq":  # its codes are of scaled weights
-                with in_fp32_on_cpu(own.model):
-                    found.append(projected_costs(own.model, {setting: packed}, *few, objective=objective))
-            else:
-                same_model[setting] = packed
-            watch(f"{setting.bits} bits, groups of {setting.group_size}")
+    for number, setting in enumerate(settings):  # not a bar: the method shows its own
+        what = f"{setting.bits} bits in groups of {setting.group_size}"
+        terminal.say(f"{context.task}: errors of {request.method} with {what}, {number + 1} of {len(settings)}")
+        layers = {path: setting for path, some in candidates.items() if setting in some}
+        own, packed = _codes(request, dense, layers, tokens, context, number)
+        if request.method == "awq":  # its codes are of scaled weights
+            with in_fp32_on_cpu(own.model):
+                found.append(projected_costs(own.model, {setting: packed}, *few, objective=objective))
+        else:
+            same_model[setting] = packed
     if same_model:
         with in_fp32_on_cpu(dense.model):
             found.append(projected_costs(dense.model, same_model, *few, objective=objective))
