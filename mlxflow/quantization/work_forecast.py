@@ -32,8 +32,8 @@ _FILE, _FORMAT = "quantize-rates.json", 1
 # Records of a method that are kept
 _MOST_RECORDS = 8
 
-# Products of the trial: rows, and their number
-_TRIAL_ROWS, _TRIAL_PRODUCTS = 512, 4
+# Products of the trial: rows by device, their number, and the widest
+_TRIAL_ROWS, _TRIAL_PRODUCTS, _MOST_WIDTH = {"cpu": 128, "gpu": 4096}, 2, 1024
 
 # Without a record: how many times slower the work is than products alone, and the factor of the interval
 _SLOWER, _UNKNOWN = 2.5, 3.0
@@ -205,13 +205,15 @@ def predicted(exact: float, factors: Sequence[float], *, slower: float) -> Predi
 
 def operations_per_second(width: int, dtype: mx.Dtype) -> float:
     """Return the operations a second of this device in products of a model's width, from a trial of a moment."""
-    x, weight = mx.ones((_TRIAL_ROWS, width), dtype), mx.ones((4 * width, width), dtype)
+    width = min(width, _MOST_WIDTH)
+    rows = _TRIAL_ROWS["cpu" if mx.default_device() == mx.cpu else "gpu"]
+    x, weight = mx.ones((rows, width), dtype), mx.ones((4 * width, width), dtype)
     mx.eval(x @ weight.T)
     begin = time.perf_counter()
     for _ in range(_TRIAL_PRODUCTS):
         mx.eval(x @ weight.T)
     seconds = max(time.perf_counter() - begin, 1e-6)
-    return 2.0 * _TRIAL_PRODUCTS * _TRIAL_ROWS * 4 * width * width / seconds
+    return 2.0 * _TRIAL_PRODUCTS * rows * 4 * width * width / seconds
 
 
 @contextmanager
