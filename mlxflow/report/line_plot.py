@@ -20,6 +20,9 @@ _LANE = 13.0
 # Half the width of the ends of an interval
 _CAP = 5
 
+# Length of the line under a single dot
+_DOT = "0.1"
+
 # Share of the axis that is left free at both ends of plots that are zoomed together, so that marks there are whole
 _MARK_ROOM = 0.016
 
@@ -217,7 +220,8 @@ def _line(series: Series, index: int, across: Scale, up: Scale, height: float) -
     x, y = series.x.tolist(), series.y.tolist()
     if series.points or len(x) == 1:
         places = [(across(a) * WIDTH, (1 - up(b)) * height) for a, b in zip(x, y, strict=True)]
-        path = "".join(f"M{svg.trim(a)} {svg.trim(b)}h0" for a, b in places)
+        length = "0" if len(places) > 1 else _DOT  # a path must have a width
+        path = "".join(f"M{svg.trim(a)} {svg.trim(b)}h{length}" for a, b in places)
         dots = tag("path", {"class": f"dots {series.style}", "d": path, "data-series": index})
         if series.style.endswith(("p2", "p3")):  # hollow
             dots += tag("path", {"class": f"dots hole {series.style.rpartition(' ')[2]}", "d": path})
