@@ -92,12 +92,9 @@ def apply(model: nn.Module, folder: Path) -> nn.Module:
     Raises:
         ArtifactError: the adapters do not fit the model, or some are missing.
     """
-    mlx_lm_import.prepare()
-    from mlx_lm.tuner.utils import load_adapters
-
     read_config(folder)
     try:
-        adapted: nn.Module = load_adapters(model, str(folder))
+        adapted: nn.Module = mlx_lm_import.tuner_utils().load_adapters(model, str(folder))
         stored: Any = mx.load(str(folder / WEIGHTS))  # lazy: only the header is read
     except OSError as error:
         advice = advise_on(error, "Build it again")

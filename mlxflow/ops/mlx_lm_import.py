@@ -23,7 +23,7 @@ from mlxflow.ops import patching
 
 # Names that mlx_lm.utils imports from modules that shall not be imported: functions it calls, and a type
 _FUNCTIONS = {"mlx_lm.tokenizer_utils": ("load",), "huggingface_hub": ("snapshot_download",)}
-_TYPES = {"mlx_lm.tokenizer_utils": ("TokenizerWrapper",)}
+_TYPES = {"mlx_lm.tokenizer_utils": ("TokenizerWrapper",), "transformers": ("PreTrainedTokenizer",)}
 
 
 # The limit of open files that mlx-lm sets, for models of many files
@@ -98,9 +98,22 @@ def mlx_lm_utils() -> types.ModuleType:
         return importlib.import_module("mlx_lm.utils")
 
 
+def tuner_utils() -> types.ModuleType:
+    """Return `mlx_lm.tuner.utils`, which adds adapters.
+
+    Its package imports transformers for a type of its own trainer, which takes seconds and is not used here.
+    """
+    mlx_lm_utils()
+    if "mlx_lm.tuner.utils" in sys.modules:
+        return sys.modules["mlx_lm.tuner.utils"]
+    stand_ins = {name: _stand_in(name) for name in ("transformers",) if name not in sys.modules}
+    with patching.imported_modules(stand_ins, by=__name__):
+        return importlib.import_module("mlx_lm.tuner.utils")
+
+
 def _stand_in(name: str) -> types.ModuleType:
     module = types.ModuleType(name)
-    vars(module).update({function: _deferred(name, function) for function in _FUNCTIONS[name]})
+    vars(module).update({function: _deferred(name, function) for function in _FUNCTIONS.get(name, ())})
     vars(module).update({kind: type(kind, (), {}) for kind in _TYPES.get(name, ())})
     return module
 

@@ -34,16 +34,14 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
     Raises:
         WorkflowError: a pattern names no layer; the message lists those there are.
     """
-    mlx_lm_import.prepare()
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
+    add_layers = mlx_lm_import.tuner_utils().linear_to_lora_layers
     config = _config_of(model, shape, key)
     if left_out := _left_out(model, shape):
         terminal.say(f"{key}: DoRA has no form for experts, so none lie beside {', '.join(left_out)}")
     model.freeze()
     mx.random.seed(seed)
     try:
-        linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=shape.method == "dora")
+        add_layers(model, config["num_layers"], config["lora_parameters"], use_dora=shape.method == "dora")
     except ValueError as error:
         raise WorkflowError(f"{key}: {error}. Name other layers, or use another method.") from error
     mx.eval(model.parameters())

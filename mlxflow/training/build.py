@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
 from mlxflow.data.loader import Loader, name_by_number
 from mlxflow.data.token_file import Rows
@@ -96,6 +97,18 @@ def dtype_of(settings: TrainingSettings) -> mx.Dtype:
     return mx.float32 if settings.precision == "fp32" else mx.bfloat16
 
 
+def cast_weights(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Give a model's floating weights a dtype, one after the other: old and new ones are not all held together.
+
+    Args:
+        model: changed and evaluated.
+        dtype: of the weights.
+    """
+    model.set_dtype(dtype)
+    for _, weight in tree_flatten(model.parameters()):
+        mx.eval(weight)
+
+
 def prepare_model(
     model: nn.Module, settings: TrainingSettings, *, adapter_seed: int, names: SettingNames = _NAMES
 ) -> None:
@@ -110,7 +123,7 @@ def prepare_model(
     if settings.adapter_shape is not None:
         key = names.of("lora.keys")
         adapters.ensure_adapters(model, settings.adapter_shape, seed=adapter_seed, key=key)
-    model.set_dtype(dtype_of(settings))
+    cast_weights(model, dtype_of(settings))
     model.train()
     mx.eval(model.parameters())
 

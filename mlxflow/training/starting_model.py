@@ -15,7 +15,7 @@ from mlxflow.models.new_model import ModelConfig, new_config
 from mlxflow.models.vocabulary_growth import grow_vocabulary
 from mlxflow.storage import config_json
 from mlxflow.training import adapters
-from mlxflow.training.build import dtype_of
+from mlxflow.training.build import cast_weights, dtype_of
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
 
@@ -104,11 +104,11 @@ def make_model(
         model_folder.require_room(config, memory_limit_bytes, names.of("model"), limit_key=names.memory_limit)
         model = model_folder.build(config, seed=seed)
     dtype = dtype_of(settings)
-    model.set_dtype(dtype)
+    cast_weights(model, dtype)
     if not quantized_layers.is_quantized(model):
         adapter_files.fuse(model)  # adapters of an earlier training are fused
     adapter_config = _add_adapters(model, source.folder, settings, seed=seed, names=names)
-    model.set_dtype(dtype)
+    cast_weights(model, dtype)
     model.train()
     mx.eval(model.parameters())
     config = config_json.with_ends(config, tokens.end_tokens)
