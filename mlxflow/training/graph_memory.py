@@ -235,8 +235,8 @@ class _Device:
             for buffer in self._under_way.popleft()[1]:
                 self._memory.release(buffer)
 
-    def send(self, inputs: list[_Buffer], *, is_view: bool) -> None:
-        self._count += 1 if is_view else 2
+    def send(self, inputs: list[_Buffer], dispatches: int) -> None:
+        self._count += dispatches
         for buffer in inputs:
             buffer.uses += 1
         self._under_way.append((self._count, inputs))
@@ -250,7 +250,8 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
         held_bytes: of inputs that stay.
         changed: other inputs, freed after their last use: the name of their buffer, which several may share, and its
             bytes.
-        lag: dispatches that the host is ahead of the device; an operation makes two, a view one.
+        lag: dispatches that the host is ahead of the device. An operation makes one or several, and one that frees its
+            inputs; a view makes only that.
     """
     memory = _Memory(held_bytes)
     device = _Device(memory, lag)
@@ -271,7 +272,7 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
         else:
             taken = _bind_results(operation, memory, [name for name in inputs if uses[name] == 1])
             used = [buffer for buffer in used if buffer not in taken]
-        device.send(used, is_view=is_view)
+        device.send(used, 1 if is_view else 1 + _num_dispatches(operation))
         uses.subtract(set(operation.inputs))
         for name in memory.having((*operation.inputs, *(value.name for value in operation.outputs))):
             if not uses[name]:
@@ -302,6 +303,12 @@ def _bind_results(operation: Operation, memory: _Memory, ending: Iterable[str]) 
             taken.append(same)
         memory.bind(value.name, same or memory.allocate(value.nbytes))
     return taken
+
+
+def _num_dispatches(operation: Operation) -> int:
+    """Return how many kernels an operation dispatches on the CPU: a concatenation copies each of its inputs."""
+    several = {"Concatenate": len(operation.inputs), "AddMM": 2, "SliceUpdate": 2}
+    return several.get(operation.name, 1)
 
 
 def _is_view(operation: Operation, scattered: set[str]) -> bool:
