@@ -206,6 +206,12 @@ class _Memory:
         self.of[name] = buffer
         buffer.uses += 1
 
+    def bind_inputs(self, changed: Mapping[str, tuple[str, int]]) -> None:
+        """Take inputs that are freed after their last use, see `peak_bytes`."""
+        first = {name: self.allocate(size) for name, size in dict(changed.values()).items()}
+        for name, (buffer_name, _) in changed.items():
+            self.bind(name, first[buffer_name])
+
     def release(self, buffer: _Buffer) -> None:
         buffer.uses -= 1
         if not buffer.uses:
@@ -254,10 +260,8 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
             inputs; a view makes only that.
     """
     memory = _Memory(held_bytes)
+    memory.bind_inputs(changed)
     device = _Device(memory, lag)
-    first = {name: memory.allocate(size) for name, size in dict(changed.values()).items()}
-    for name, (buffer_name, _) in changed.items():
-        memory.bind(name, first[buffer_name])
     order = scheduled(graph)
     uses = Counter(name for operation in order for name in set(operation.inputs))
     uses.update(graph.results)  # never used up
@@ -272,7 +276,7 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
         else:
             taken = _bind_results(operation, memory, [name for name in inputs if uses[name] == 1])
             used = [buffer for buffer in used if buffer not in taken]
-        device.send(used, 1 if is_view else 1 + _num_dispatches(operation))
+        device.send(used, 1 + (0 if is_view else _num_dispatches(operation)))
         uses.subtract(set(operation.inputs))
         for name in memory.having((*operation.inputs, *(value.name for value in operation.outputs))):
             if not uses[name]:
