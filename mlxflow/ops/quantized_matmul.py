@@ -26,6 +26,9 @@ _MIN_ROWS = {mx.float32: 16, mx.bfloat16: 2, mx.float16: 2}
 #: Rows of a weight that are dequantized at a time.
 SLICE_ROWS = 16_384
 
+# Widths of codes that never lie in two words
+_BITS_OF_WHOLE_WORDS = (2, 4, 8)
+
 _Matmul = Callable[..., mx.array]
 
 
@@ -134,6 +137,26 @@ def multiply(
     return cast("mx.array", total).astype(x.dtype)
 
 
+def dequantize(weight: tuple[mx.array, ...], form: Format) -> mx.array:
+    """Return what `mx.dequantize` does, to the bit; on the CPU in one operation within a compiled function.
+
+    There MLX writes the codes of each place in a word by themselves, joins them and scales them: twice the memory of
+    the result, and 1.7 to 2.5 times as long.
+
+    Args:
+        weight: codes of (..., N) numbers; scales; biases if the mode has them.
+        form: of the weight.
+    """
+    codes, scales, *biases = weight
+    size, bits = form.group_size, form.bits
+    if mx.default_device() != mx.cpu or form.mode != "affine" or size is None or bits not in _BITS_OF_WHOLE_WORDS:
+        return mx.dequantize(codes, scales, biases[0] if biases else None, size, bits, form.mode)
+    words = codes.reshape(*scales.shape, size * bits // 32, 1)
+    numbers = (words >> mx.arange(0, 32, bits, dtype=mx.uint32)) & mx.array((1 << bits) - 1, mx.uint32)
+    scales, offsets = scales[..., None, None], biases[0][..., None, None]
+    return (numbers.astype(scales.dtype) * scales + offsets).reshape(*codes.shape[:-1], -1)
+
+
 def _slice_begins(codes: mx.array) -> range:
     return range(0, len(codes), SLICE_ROWS)
 
@@ -153,7 +176,7 @@ def _dense(weight: tuple[mx.array, ...], form: Format, dtype: mx.Dtype, *, after
     codes = mx.depends([codes], [after])[0]
     if biases and dtype == mx.float32:  # MLX casts 16-bit scales to the dtype of the rows, too
         scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
-    dense = mx.dequantize(codes, scales, biases[0] if biases else None, form.group_size, form.bits, form.mode)
+    dense = dequantize((codes, scales, *biases), form)
     return dense.astype(mx.float32 if mx.default_device() == mx.cpu else dtype)
 
 

@@ -7,11 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflow.models import quantized_layers
 from mlxflow.ops.copying_products import copying_products
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.patching import layer_method
-from mlxflow.ops.quantized_matmul import Format
+from mlxflow.ops.quantized_matmul import Format, dequantize
 
 # Test values that a head returns instead of its product: powers of ten that every floating dtype holds
 _SMALLEST_POWER, _LARGEST_POWER = -4, 4
@@ -32,9 +31,9 @@ class Head(NamedTuple):
 
     def weight(self, model: nn.Module, dtype: mx.Dtype) -> mx.array:
         """Return the weight, (V, D), dequantized where it is quantized, rounded in fake quantization."""
-        layer = self.module(model)
-        if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            return quantized_layers.dense_weight(layer).astype(dtype)
+        layer, packed = self.module(model), self.packed(model)
+        if packed is not None:
+            return dequantize(*packed).astype(dtype)
         faked = getattr(type(layer), "fake_weight", None)  # of a class that `fake_quant.fake_quantized` made
         return cast("mx.array", layer.weight if faked is None else faked(layer))
 

@@ -113,7 +113,8 @@ def test_dropout_and_trained_bases_are_left_to_mlx_lm() -> None:
         expected = model(x)
         mx.random.seed(1)
         with adapter_products.replaced_adapters(groups, quantized_matmul.is_faster_on_cpu):
-            assert mx.array_equal(model(x), expected)
+            # o's adapter beside the trained base is still in a group: other sums of 128 products in fp32
+            assert float(mx.abs(model(x) - expected).max()) <= 128 * 2.0**-24 * float(mx.abs(expected).max())
             names = {name for name, _ in tree_flatten(model.trainable_parameters())}
     assert "k.linear.weight" in names
 

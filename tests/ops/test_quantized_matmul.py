@@ -39,13 +39,13 @@ def _installed() -> Iterator[None]:
 def dense_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the weights that were dequantized."""
     shapes: list[tuple[int, ...]] = []
-    plain: Callable[..., mx.array] = mx.dequantize
+    plain = quantized_matmul.dequantize
 
-    def dequantize(codes: mx.array, *rest: Any, **named: Any) -> mx.array:
-        shapes.append(tuple(codes.shape))
-        return plain(codes, *rest, **named)
+    def dequantize(weight: tuple[mx.array, ...], form: quantized_matmul.Format) -> mx.array:
+        shapes.append(tuple(weight[0].shape))
+        return plain(weight, form)
 
-    monkeypatch.setattr(mx, "dequantize", dequantize)
+    monkeypatch.setattr(quantized_matmul, "dequantize", dequantize)
     return shapes
 
 
@@ -131,7 +131,6 @@ def test_a_quantized_layer_uses_dense_products_and_several_matrices_do_not(
     layer = nn.QuantizedLinear(128, 40, bias=True)
     x = _normal((3, 20, 128), 0)
     weight = mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=64, bits=4)
-    dense_products.clear()
     _close(layer(x) - layer.bias, _numpy(x), _numpy(weight).T, mx.float32)
     assert dense_products == [layer.weight.shape]
     codes, *scales = mx.quantize(_normal((2, 40, 128), 1))
@@ -163,3 +162,35 @@ def test_it_is_installed_once_and_undone() -> None:
     assert patching.Replacement("mlx.core.quantized_matmul", quantized_matmul.__name__, True) in patching.active()
     quantized_matmul.uninstall()
     assert mx.quantized_matmul is PLAIN
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("mode", "bits", "group_size"), FORMATS)
+def test_a_dequantized_weight_has_the_bits_of_mlx(mode: str, bits: int, group_size: int, dtype: mx.Dtype) -> None:
+    how: dict[str, Any] = {"mode": mode, "bits": bits, "group_size": group_size}
+    weight = tuple(mx.quantize(_normal((40, 256), 0, dtype), **how))
+    form = quantized_matmul.Format(group_size, bits, mode)
+    for compiled in (False, True):
+        ours, theirs = (
+            mx.compile(function) if compiled else function
+            for function in (
+                lambda *parts: quantized_matmul.dequantize(parts, form),
+                lambda *parts: _dequantize(*parts, **how),
+            )
+        )
+        found, expected = ours(*weight), theirs(*weight)
+        assert found.dtype == expected.dtype
+        assert mx.array_equal(found, expected)
+
+
+def test_a_dequantized_weight_takes_no_more_memory_than_its_own() -> None:
+    weight = tuple(mx.quantize(_normal((4096, 512), 0)))
+    form = quantized_matmul.Format(64, 4, "affine")
+    dequantize = mx.compile(lambda *parts: quantized_matmul.dequantize(parts, form))
+    mx.eval(weight, dequantize(*weight))
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    dense = dequantize(*weight)
+    mx.eval(dense)
+    assert mx.get_peak_memory() - held < 1.1 * dense.nbytes
