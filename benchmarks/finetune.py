@@ -8,6 +8,7 @@
 | job | |
 | --- | --- |
 | cpu | SmolLM2-135M-Instruct in 4 bits, LoRA, 2 x 64 tokens a step; ours in fp32 |
+| 1gb | four layers of the 8b model, 1 GB: what a folder takes to be opened, and the seconds to the first step |
 | 8b | random weights of 4 bits in the shape of Llama 3 8B, LoRA of rank 8 on every linear layer, 4 x 2,048 tokens |
 | 8b-8k, 8b-32k | the same with one row of 8,192 or 32,768 tokens |
 | 8b-dora | the same as 8b with DoRA |

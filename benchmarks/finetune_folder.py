@@ -57,6 +57,7 @@ JOBS = {
     "8b-8k": Job(_LARGE, 1, 4 * _LENGTH, steps=6),
     "8b-32k": Job(_LARGE, 1, 16 * _LENGTH, steps=3, warm=1),
     "8b-dora": Job(_LARGE, 4, _LENGTH, method="dora", steps=5),
+    "1gb": Job(_LARGE | {"num_hidden_layers": 2 if _IS_TINY else 4}, 1, 8 if _IS_TINY else 64, steps=1, warm=0),
     "1b-full": Job(_DENSE, 4, _LENGTH, bits=0, method="full", precision="bf16-pure"),
     "cpu": Job({}, 2, 8 if _IS_TINY else 64, steps=2, warm=1, precision="fp32"),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from benchmarks.finetune_folder import Job, token_rows
 from benchmarks.training_peers import TrainerReports
@@ -36,15 +37,20 @@ class Speed(NamedTuple):
 def print_speed(row: str, job: Job, speed: Speed, **figures: Any) -> None:
     """Print one line of JSON: tokens a second over the timed steps, peaks, and the first losses."""
     steady = speed.seconds[-job.steps :]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform.startswith("linux") else 1)
     line = {
         "row": row,
         "tokens_per_second": round(job.tokens / float(np.mean(steady)), 1),
         "peak_gb": round(speed.peak_bytes / 1e9, 2),
-        "process_peak_gb": round(peak / 1e9, 2),
+        "process_peak_gb": round(_process_peak() / 1e9, 2),
         "losses": [round(loss, 5) for loss in speed.losses[:4]],
     }
     print(json.dumps(line | figures), flush=True)
+
+
+def _process_peak() -> int:
+    """Return the most resident memory that this process had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * 1024 if sys.platform.startswith("linux") else peak
 
 
 def ours(row: str, job: Job, folder: Path, *, checkpointing: str | int = "none", limit_gb: float = 0) -> None:
@@ -103,11 +109,14 @@ def _opened(job: Job, folder: Path, checkpointing: str | int) -> tuple[Any, dict
     from mlxflow.training import build, objective
     from mlxflow.training.settings import checkpoint_every
 
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), psutil.Process().memory_info().rss
+    stored = (folder / "model" / "model.safetensors").stat().st_size
     model, _ = model_folder.load(folder / "model")
+    figures = {"load_process_over_file": round((_process_peak() - before) / stored, 3)}
     settings = _settings(job, checkpoint_every(checkpointing))
     build.prepare_model(model, settings, adapter_seed=0)
-    figures = {"load_seconds": round(time.perf_counter() - begin, 1)}
+    figures["prepared_process_over_file"] = round((_process_peak() - before) / stored, 3)
+    figures["load_seconds"] = round(time.perf_counter() - begin, 1)
     figures["load_peak_gb"] = round(phase_peaks.process_peak() / 1e9, 2)
     vocab_size = model_folder.vocab_size(folder / "model")
     fused = objective.uses_fused_loss(model, wanted=None, vocab_size=vocab_size, tokens=job.tokens)
