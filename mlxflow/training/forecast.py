@@ -1,8 +1,9 @@
 """What a training will take, before it begins: peak memory of a step and seconds to the end, from small trials.
 
-A quarter and a half of the rows of a pass are tried. Memory and time of a pass are taken for linear in its tokens, as
-they are for rows of one length; where a pass has a single row, its beginning is tried, and time that grows with the
-square of the length is underestimated.
+A quarter and a half of the rows of a pass are tried. The time of a pass is taken for linear in its tokens, as it is for
+rows of one length; where a pass has a single row, its beginning is tried, and time that grows with the square of the
+length is underestimated. The peak is that of the traced step (`memory_forecast`), or of the larger trial if that is
+more: an update does not grow with the tokens. If a step cannot be traced, its peak is taken for linear, too.
 """
 
 import tempfile
@@ -13,6 +14,7 @@ from mlxflow.data.token_file import TokenFile
 from mlxflow.storage.run_context import Context
 from mlxflow.training import job
 from mlxflow.training.checkpointing_choice import choose_checkpointing
+from mlxflow.training.memory_forecast import forecast_memory
 from mlxflow.training.step_trials import StepTrial, part_of, try_step
 
 
@@ -62,7 +64,11 @@ def forecast(request: job.Job, tokens: TokenFile, context: Context) -> Forecast:
     many = many or few
     pass_seconds = _at(count, few.tokens, few.seconds, many.tokens, many.seconds)
     step_seconds = pass_seconds * settings.grad_accum_steps + many.update_seconds
-    return Forecast(_peak(few, many, count), step_seconds * settings.num_steps, settings.num_steps, count, note)
+    try:
+        peak: float = max(many.peak_bytes, forecast_memory(subject, kernels, rows).peak_bytes)
+    except (ValueError, RuntimeError):  # a model of other code may use what MLX cannot export
+        peak = _peak(few, many, count)
+    return Forecast(peak, step_seconds * settings.num_steps, settings.num_steps, count, note)
 
 
 def _peak(few: StepTrial, many: StepTrial, tokens: int) -> float:
