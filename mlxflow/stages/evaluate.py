@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import msgspec
 from msgspec import Meta
 
+from mlxflow.evaluation import lm_eval_names
 from mlxflow.evaluation.task_inputs import task_files
 from mlxflow.evaluation.task_table import TaskTable
 from mlxflow.messages import terminal
@@ -154,6 +155,8 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
     for index, task in enumerate(config.all_tasks):
         if not task.is_own:
             artifacts.require_package("lm_eval", _key_of(index), task.source)
+            if not task.is_file and (mistake := lm_eval_names.mistake(task.source)):
+                artifacts.note(Problem(_key_of(index), task.source, *mistake))
     if config.models != Config().models:
         return config
     models: tuple[str, ...] = ("quantize:*",)

@@ -226,11 +226,12 @@ def test_mistakes_are_found_before_anything_is_trained(job: Path, monkeypatch: p
 def test_a_missing_lm_eval_is_reported_with_the_command(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Disk, "has_package", lambda *_: False)
     monkeypatch.chdir(job)
-    Path("workflow.toml").write_text(f'{HEAD}[evaluate]\ntasks = ["arc_easy"]\n')
+    Path("own.yaml").write_text("task: own")
+    Path("workflow.toml").write_text(f'{HEAD}[evaluate]\ntasks = ["own.yaml"]\n')
     with pytest.raises(WorkflowError) as caught:
         load_workflow(Path("workflow.toml"))
     assert str(caught.value) == (
-        "workflow.toml: evaluate.tasks[0].source = \"arc_easy\": needs lm_eval. Run: pip install 'mlxflow[lm_eval]'."
+        "workflow.toml: evaluate.tasks[0].source = \"own.yaml\": needs lm_eval. Run: pip install 'mlxflow[lm_eval]'."
     )
 
 
