@@ -52,7 +52,12 @@ def read_task_yaml(path: Path) -> TaskYaml:
     if not isinstance(name, str) or not name:
         return found._replace(problem='has no "task", the name')
     named = table.get("dataset_kwargs")
-    files = named.get("data_files") if isinstance(named, dict) else None
+    named = named if isinstance(named, dict) else {}
+    for key, place in (("dataset_path", table.get("dataset_path")), ("data_dir", named.get("data_dir"))):
+        if isinstance(place, str) and place and (path.parent / place).exists():  # changes in it would go unnoticed
+            problem = f'{key} "{place}" is a local folder; write dataset_path: json, and its files as data_files'
+            return found._replace(problem=problem)
+    files = named.get("data_files")
     found.data.extend(one for one in _texts(files) if "://" not in one)
     return found._replace(name=name)
 

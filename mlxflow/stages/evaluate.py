@@ -122,6 +122,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             else:
                 trusts = config.trust_remote_code
                 models[name] = artifacts.model(name, "models", trusts_code=trusts, needs_tokenizer=True)
+        if len(models) == 1:
+            _note_idle_gates(config, artifacts)
         tasks: dict[str, Path] = {}
         for index, task in enumerate(config.all_tasks):
             if task.is_file:
@@ -163,6 +165,16 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
     if artifacts.is_planned("train"):
         models = config.models if artifacts.first("train") == "train" else ("train:*", "quantize:*")
     return msgspec.structs.replace(config, models=models)
+
+
+def _note_idle_gates(config: Config, artifacts: Artifacts) -> None:
+    """Report gates on differences between models, of which there is one."""
+    gates: dict[str, object] = {"max_accuracy_drop": config.max_accuracy_drop}
+    gates |= {f"tasks[{at}].max_accuracy_drop": one.max_accuracy_drop for at, one in enumerate(config.all_tasks)}
+    for key, value in gates.items():
+        if value not in ("auto", 0):
+            advice = "Name the model to compare with before it in models, or remove the key."
+            artifacts.note(Problem(key, value, "compares models, and there is one", advice))
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "EvaluateReport":

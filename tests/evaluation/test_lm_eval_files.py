@@ -35,9 +35,15 @@ def test_included_files_data_and_code_are_named_relative_to_the_task(tmp_path: P
         ("task: [a, b]", 'has no "task", the name'),
         ("include: own.yaml\ntask: a", "includes itself"),
         ("task: !!python/object/apply:os.getcwd []", "is not valid YAML (could not determine a constructor"),
+        (
+            "task: a\ndataset_path: here",
+            'dataset_path "here" is a local folder; write dataset_path: json, and its files',
+        ),
+        ("task: a\ndataset_kwargs: {data_dir: here}", 'data_dir "here" is a local folder; write dataset_path: json'),
         ("a: [", "is not valid YAML (while parsing"),
     ],
 )
 def test_what_is_no_task_is_said(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "own.yaml").write_text(text)
+    (tmp_path / "here").mkdir()
     assert read_task_yaml(tmp_path / "own.yaml").problem.startswith(problem)

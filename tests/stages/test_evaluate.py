@@ -199,6 +199,8 @@ BAD = {
     "own.py. Read it, then set trust_remote_code = true in the stage's table to run it.",
     'tasks = ["data.yaml"]': 'workflow.toml: evaluate.tasks[0].source = "lost.jsonl": names no file. '
     "Name one, relative to the workflow file.",
+    'tasks = ["talk.jsonl"]\nmodels = ["train"]\nmax_accuracy_drop = 0.1': "workflow.toml: evaluate.max_accuracy_drop "
+    "= 0.1: compares models, and there is one. Name the model to compare with before it in models, or remove the key.",
     'tasks = ["talk.jsonl"]\nmodels = ["train", "quantize:q9"]': 'workflow.toml: evaluate.models = "quantize:q9": '
     "no stage before this one makes it. Known: train, quantize:q4, quantize:q8.",
     'tasks = ["talk.jsonl"]\nmodels = ["pretokenize"]': 'workflow.toml: evaluate.models = "pretokenize": '
