@@ -168,7 +168,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
 
 def _note_idle_gates(config: Config, artifacts: Artifacts) -> None:
-    """Report gates on differences between models, of which there is one."""
+    """Report gates on differences between models where there is one model."""
     gates: dict[str, object] = {"max_accuracy_drop": config.max_accuracy_drop}
     gates |= {f"tasks[{at}].max_accuracy_drop": one.max_accuracy_drop for at, one in enumerate(config.all_tasks)}
     for key, value in gates.items():
