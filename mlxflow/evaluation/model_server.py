@@ -1,7 +1,8 @@
 """Answer requests of OpenAI's API over HTTP with one model: mlx-lm's server, in this process, bound to one model.
 
 mlx-lm's server opens whatever model a request names, also one of the hub. Here every name means the same model, so
-that clients with a fixed name work, and no request makes the machine download or open anything.
+that clients with a fixed name work, and no request makes the machine download or open anything. A stop text ends an
+answer wherever its tokens begin, see `stop_texts`.
 """
 
 import os
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlxflow.evaluation.stop_texts import until_stop
 from mlxflow.models import adapter_files
 from mlxflow.ops import mlx_lm_import, patching
 from mlxflow.storage.temporary_files import scratch_folder
@@ -43,12 +45,28 @@ def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) ->
 
 @contextmanager
 def bound_to_one_model() -> Iterator[None]:
-    """Let mlx-lm's server open the model of its command line for every name, until the block ends."""
+    """Let mlx-lm's server open its one model for every name, and stop at texts, until the block ends."""
     from mlx_lm import server
 
     one = _one_model(server.ModelProvider)
-    with patching.attributes((server, "ModelProvider", one), by=__name__):
+    stopping = _stopping_at_texts(server.ResponseGenerator)
+    changes = ((server, "ModelProvider", one), (server, "ResponseGenerator", stopping))
+    with patching.attributes(*changes, by=__name__):
         yield
+
+
+def _stopping_at_texts(generator: Any) -> Any:
+    """Return a class of mlx-lm's generator of responses that stops at texts."""
+
+    class StoppingAtTexts(generator):  # type: ignore[misc]
+        """A generator whose responses end at the texts of a request."""
+
+        def generate(self, request: Any, arguments: Any, *others: Any, **named: Any) -> Any:
+            """Return the context of a generation and its responses."""
+            context, responses = super().generate(request, arguments, *others, **named)
+            return context, until_stop(responses, arguments.stop_words, context.stop)
+
+    return StoppingAtTexts
 
 
 def _one_model(provider: Any) -> Any:

@@ -131,10 +131,13 @@ def test_the_openai_client_is_answered_whole_streamed_and_up_to_a_stop(tmp_path:
         assert "".join(part.delta.content or "" for part in parts) == text
         assert parts[-1].finish_reason == "length"
         assert len(parts) > 2
-        stop = " why"  # of whole tokens: those are what the server of mlx-lm compares
-        assert stop in text
-        stopped = client.chat.completions.create(**asked, stop=[stop]).choices[0]
-        assert (stopped.message.content, stopped.finish_reason) == (text.partition(stop)[0], "stop")
+        middle = text.index(" why")  # of whole tokens; the others begin or end within one, or go over several
+        for stop in (" why", "hy", text[middle - 1 : middle + 2], text[1 : middle + 3], text[0]):
+            stopped = client.chat.completions.create(**asked, stop=[stop, "not in it"]).choices[0]
+            assert (stopped.message.content or "", stopped.finish_reason) == (text.partition(stop)[0], "stop")
+            parts = [part.choices[0] for part in client.chat.completions.create(**asked, stop=stop, stream=True)]
+            assert "".join(part.delta.content or "" for part in parts) == text.partition(stop)[0]
+            assert parts[-1].finish_reason == "stop"
         with pytest.raises(openai.APIStatusError):
             client.chat.completions.create(model="any", messages="no list")
         client.close()

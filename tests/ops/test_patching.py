@@ -185,7 +185,7 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
     (
         "mlxflow.evaluation.model_server",
         lambda _: model_server.bound_to_one_model(),
-        {"mlx_lm.server.ModelProvider"},
+        {"mlx_lm.server.ModelProvider", "mlx_lm.server.ResponseGenerator"},
     ),
     ("mlxflow.evaluation.model_body", _noting_body, {"class of mlx_lm.models.llama.LlamaModel"}),
     (
