@@ -267,11 +267,12 @@ def described(method: str, seconds: float, held_bytes: float, records: Sequence[
     memory = predicted(held_bytes, [one.held_bytes for one in records], slower=1.0)
     count = len(records)
     source = f"from {count} earlier run{'s' if count > 1 else ''} here" if count else "a guess: it never ran here"
-    return (
-        f"{task}: {method} will take about {duration(time_taken.value)} ({duration(time_taken.low)} to "
-        f"{duration(time_taken.high)}) and {memory.value / 1e9:.2g} GB ({memory.low / 1e9:.2g} to "
-        f"{memory.high / 1e9:.2g}), {source}"
-    )
+    long, much = "less than 1 s", "less than 0.01 GB"
+    if time_taken.high >= 1:
+        long = f"about {duration(time_taken.value)} ({duration(time_taken.low)} to {duration(time_taken.high)})"
+    if memory.high >= 1e7:
+        much = f"{memory.value / 1e9:.2g} GB ({memory.low / 1e9:.2g} to {memory.high / 1e9:.2g})"
+    return f"{task}: {method} will take {long} and {much}, {source}"
 
 
 def read_records(file: Path) -> dict[str, list[WorkRecord]]:

@@ -89,6 +89,9 @@ def test_the_line_says_where_the_figures_are_from() -> None:
     assert described("gptq", 40.0, 2e9, records, task="quantize:a") == (
         "quantize:a: gptq will take about 40 s (33 s to 48 s) and 2 GB (1.7 to 2.4), from 2 earlier runs here"
     )
+    assert described("rtn", 0.01, 1e5, records, task="quantize") == (
+        "quantize: rtn will take less than 1 s and less than 0.01 GB, from 2 earlier runs here"
+    )
 
 
 def test_records_are_read_again_and_damaged_ones_are_none(tmp_path: Path) -> None:
@@ -108,7 +111,7 @@ def test_a_run_is_announced_and_recorded_for_the_next_one(job: Job, capfd: pytes
     table = {"method": "gptq", "bits": 4, "calibration_rows": 8, "max_validation_rows": 8}
     job.run(**table)
     first = capfd.readouterr().err
-    assert "quantize: gptq will take about " in first
+    assert "quantize: gptq will take " in first
     assert "a guess: it never ran here" in first
     job.run(**table)
     assert "from 1 earlier run here" in capfd.readouterr().err
