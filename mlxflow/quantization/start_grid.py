@@ -12,9 +12,7 @@ from mlxflow.quantization.codec import Packed, unpack
 from mlxflow.quantization.plan import QuantizationPlan, quantizable_layers
 from mlxflow.quantization.settings import Setting
 from mlxflow.report.stage_reports.quantize import LayerFigures
-from mlxflow.storage import report_files, report_structs
-
-_WEIGHTS, _REPORT = "model.safetensors", "report.toml"
+from mlxflow.storage import layout, model_files, report_files, report_structs
 
 # Methods that leave the dense weights as they are
 _KEEPS_WEIGHTS = ("rtn", "gptq", "dwq", "block", "qat")
@@ -58,8 +56,8 @@ def read_start(files: Sequence[Path], *, default: Setting, key: str) -> StartGri
         ArtifactError: the report does not list the layers, or the weights lack one.
     """
     folder = files[0].parent
-    report = report_files.read_report(folder / _REPORT)
-    shown, advice = f"{key}: {folder / _REPORT}", "Build it again."
+    report = report_files.read_report(folder / layout.REPORT)
+    shown, advice = f"{key}: {folder / layout.REPORT}", "Build it again."
     rows = report.get("layers", [])
     figures = [
         report_structs.convert(row, LayerFigures, shown=shown, prefix=f"layers[{place}].", advice=advice)
@@ -70,10 +68,12 @@ def read_start(files: Sequence[Path], *, default: Setting, key: str) -> StartGri
         for one in figures
         if one.mode != "dense"
     }
-    tensors: dict[str, mx.array] = mx.load(str(folder / _WEIGHTS))  # type: ignore[assignment]
+    tensors: dict[str, mx.array] = mx.load(str(folder / model_files.WEIGHTS))  # type: ignore[assignment]
     missing = [path for path in layers if f"{path}.scales" not in tensors]
     if missing or not layers:
-        raise ArtifactError(f"{shown}: lists other layers than {_WEIGHTS} has ({', '.join(missing[:3])}). {advice}")
+        raise ArtifactError(
+            f"{shown}: lists other layers than {model_files.WEIGHTS} has ({', '.join(missing[:3])}). {advice}"
+        )
     packed = {
         path: Packed(tensors.pop(f"{path}.weight"), tensors.pop(f"{path}.scales"), tensors.pop(f"{path}.biases", None))
         for path in layers

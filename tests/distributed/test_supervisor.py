@@ -205,7 +205,7 @@ from mlxflow.distributed.supervisor import RestartLimits, supervise
 from mlxflow.storage.regular_files import open_log
 command = (sys.executable, "-c", {_ENDS_WITH_PARENT!r})
 logs = [Path("0.log"), Path("1.log")]
-launch = Launch(command, b"", 2, "ring", "ordered", False, logs, open_log, 0, None, None)
+launch = Launch(command, b"", 2, "ring", "ordered", False, False, logs, open_log, 0, None, None)
 supervise("train", launch, RestartLimits("1 h", 3600, 0))
 """
     watching = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,16 +81,16 @@ def test_a_wrong_product_is_refused(fault: Callable[[mx.array, mx.array], list[m
 def test_a_large_weight_is_multiplied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized_matmul, "SLICE_ROWS", 100)
     written: list[tuple[int, ...]] = []
-    plain: Callable[..., mx.array] = mx.dequantize
+    plain = quantized_matmul.dequantize
 
-    def dequantize(codes: mx.array, *rest: Any) -> mx.array:
-        written.append(tuple(codes.shape))
-        return plain(codes, *rest)
+    def dequantize(weight: tuple[mx.array, ...], form: Format) -> mx.array:
+        written.append(tuple(weight[0].shape))
+        return plain(weight, form)
 
     shape = ProductShape(mx.float32, Format(64, 4, "affine"), 256, 128, 256)
     arrays = quantized_product.inputs(shape, 1 << 12)
     expected = quantized_product.reference(shape, *arrays)
-    monkeypatch.setattr(mx, "dequantize", dequantize)
+    monkeypatch.setattr(quantized_matmul, "dequantize", dequantize)
     for value, wanted in zip(quantized_product.kernel(shape, *arrays), expected, strict=True):
         assert verification._deviation(value, wanted) <= 2e-5
     assert [rows for rows, _ in written] == [100, 100, 56] * 2

@@ -5,6 +5,8 @@ def test_a_page_has_each_key_of_its_table_and_a_section_for_each_table_inside() 
     pages = workflow_pages()
     assert list(pages) == [
         "workflow",
+        "tracking",
+        "store",
         "pretokenize",
         "train",
         "quantize",
