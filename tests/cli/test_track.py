@@ -38,6 +38,7 @@ def _track(folder: Path, *arguments: str, text: str = TEXT + TRACKING) -> tuple[
     return ran.returncode, ran.stderr.splitlines()
 
 
+@pytest.mark.matrix
 def test_a_stage_is_reported_once_however_often_it_is_asked_for(built: Path) -> None:
     pytest.importorskip("tensorboardX")
     look = "Look: tensorboard --logdir artifacts/tracking/tensorboard"
@@ -51,6 +52,7 @@ def test_a_stage_is_reported_once_however_often_it_is_asked_for(built: Path) -> 
     assert list(run.iterdir()) == files
 
 
+@pytest.mark.matrix
 def test_a_failing_tracker_is_one_line_and_exit_code_1(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (built / "tensorboardX.py").write_text("raise RuntimeError('out of order')")
     monkeypatch.setenv("PYTHONPATH", str(built))
@@ -61,6 +63,7 @@ def test_a_failing_tracker_is_one_line_and_exit_code_1(built: Path, monkeypatch:
     assert said == ["tracking: pretokenize: tensorboard: out of order. Then: mlxflow track pretokenize"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("arguments", "text", "expected"),
     [
@@ -83,6 +86,7 @@ def test_what_cannot_be_reported_is_one_line_and_exit_code_2(
     assert _track(built, *arguments, text=text) == (2, [expected])
 
 
+@pytest.mark.matrix
 def test_a_package_that_is_not_installed_is_known_by_check_and_before_a_stage_runs(tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
@@ -103,6 +107,7 @@ def test_a_package_that_is_not_installed_is_known_by_check_and_before_a_stage_ru
     assert not (project / "artifacts" / "pretokenize").exists()
 
 
+@pytest.mark.matrix
 def test_settings_are_those_that_a_stage_was_built_with_from_the_lock_if_the_table_was_changed(built: Path) -> None:
     (built / "workflow.toml").write_text(TEXT.replace("16", "32") + TRACKING)
     workflow = load_workflow(built / "workflow.toml")

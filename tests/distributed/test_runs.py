@@ -115,6 +115,7 @@ def _require_close(model: bytes, expected: bytes) -> None:
         assert np.abs(found[name] - value).max() <= 1e-6 * np.abs(value).max(), name
 
 
+@pytest.mark.matrix
 def test_a_reduce_scatter_gives_each_rank_its_part_of_the_same_sums(
     train: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_reduce_scatter_gives_each_rank_its_part_of_the_same_sums(
 SPLIT = {"reduction": '"fast"', "sharding": '"full"'}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("settings", ["", 'checkpointing = "layers"'])
 def test_split_layers_learn_what_whole_ones_do(
     trained_alone: Alone, train: Build, scatters: Path, faults: Faults, settings: str
@@ -142,6 +144,7 @@ def test_split_layers_learn_what_whole_ones_do(
     assert scatters.exists()
 
 
+@pytest.mark.matrix
 def test_a_training_with_split_layers_goes_over_to_one_process_and_back(
     trained_alone: Alone, train: Build, scatters: Path, faults: Faults
 ) -> None:
@@ -157,6 +160,7 @@ def test_a_training_with_split_layers_goes_over_to_one_process_and_back(
     _require_close(train(1), trained_alone[1])
 
 
+@pytest.mark.matrix
 def test_a_rank_without_rows_takes_part_in_the_passes_of_the_others(
     train: Build, scatters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

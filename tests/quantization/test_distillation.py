@@ -23,6 +23,7 @@ def _model(factor: float = 1.0) -> nn.Module:
     return model
 
 
+@pytest.mark.matrix
 def test_the_loss_with_all_tokens_listed_is_that_of_the_running_teacher(tmp_path: Any) -> None:
     rows, file = all_rows(TOKENS), tmp_path / "teacher.safetensors"
     rows.marks[:, 5] = 2  # no target
@@ -38,6 +39,7 @@ def test_the_loss_with_all_tokens_listed_is_that_of_the_running_teacher(tmp_path
     assert float(total) > 1
 
 
+@pytest.mark.matrix
 def test_too_large_distributions_are_computed_in_every_step(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"method": "qat", "bits": 2, "distill": True, "num_steps": 8, "batch_size": 4, "max_validation_rows": 32}
     cached = job.run(**table)

@@ -107,6 +107,7 @@ def test_the_trial_counts_products() -> None:
     assert 0 < operations_per_second(64, mx.float32) < np.inf
 
 
+@pytest.mark.matrix
 def test_a_run_is_announced_and_recorded_for_the_next_one(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
     table = {"method": "gptq", "bits": 4, "calibration_rows": 8, "max_validation_rows": 8}
     job.run(**table)

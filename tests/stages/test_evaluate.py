@@ -86,6 +86,7 @@ def test_models_are_scored_on_three_kinds_of_items(place: Path) -> None:
     assert "| short | quantize:q8 - train | +0 |" in done.stdout
 
 
+@pytest.mark.matrix
 def test_log_likelihoods_are_those_of_mlx_lm(place: Path) -> None:
     import mlx.core as mx
     import mlx.nn as nn
@@ -225,6 +226,7 @@ def test_mistakes_are_found_before_anything_is_trained(job: Path, monkeypatch: p
     assert str(caught.value) == BAD[table]
 
 
+@pytest.mark.matrix
 def test_a_missing_lm_eval_is_reported_with_the_command(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Disk, "has_package", lambda *_: False)
     monkeypatch.chdir(job)
@@ -266,6 +268,7 @@ def test_cut_prompts_are_counted(place: Path) -> None:
     assert "cut_tokens" not in second
 
 
+@pytest.mark.matrix
 def test_doit_reruns_it_when_its_items_change(job_copy: Path) -> None:
     text = (job_copy / "workflow.toml").read_text()
     (job_copy / "workflow.toml").write_text(
@@ -294,6 +297,7 @@ def test_an_empty_workflow_evaluates_nothing(tmp_path: Path) -> None:
     assert "evaluate" not in {one.name for one in load_workflow(tmp_path / "workflow.toml").stages}
 
 
+@pytest.mark.matrix
 def test_a_workflow_of_folders_only_trains_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     _write(project, "choices.jsonl", CHOICES)
@@ -304,6 +308,7 @@ def test_a_workflow_of_folders_only_trains_nothing(project: Path, monkeypatch: p
     assert read_report(folder / "report.toml")["accuracies"][0]["accuracy"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.matrix
 def test_models_that_are_asked_in_different_ways_are_warned_of(place: Path) -> None:
     talking = place / "talking"
     shutil.rmtree(talking, ignore_errors=True)
@@ -319,6 +324,7 @@ def test_models_that_are_asked_in_different_ways_are_warned_of(place: Path) -> N
     assert "warnings" not in _evaluated(place, never)
 
 
+@pytest.mark.matrix
 def test_a_repetition_for_comparison_takes_nothing_from_the_cache(place: Path) -> None:
     table = 'models = ["train"]\ntasks = ["choices.jsonl"]'
     _evaluated(place, table)
@@ -328,6 +334,7 @@ def test_a_repetition_for_comparison_takes_nothing_from_the_cache(place: Path) -
     assert (folder / "items.jsonl").read_bytes() == (place / "artifacts/evaluate/items.jsonl").read_bytes()
 
 
+@pytest.mark.matrix
 def test_variants_share_what_is_known_and_a_gguf_file_is_a_model(place: Path) -> None:
     pytest.importorskip("gguf")
     text = f"""{HEAD}[export]

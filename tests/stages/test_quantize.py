@@ -294,6 +294,7 @@ def variants(job: Job) -> Variants:
 _BLOCKS = {"method": "block", "bits": 2, "group_size": 32, "block_steps": 4}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("start", "training"),
     [
@@ -326,6 +327,7 @@ def test_qat_starts_from_the_codes_of_another_variant_and_loses_less(
     load_model(variants.folder / "artifacts/quantize/b", strict=True)
 
 
+@pytest.mark.matrix
 def test_the_model_trained_from_codes_is_the_written_model(variants: Variants) -> None:
     after = {"method": "qat", "start": "quantize:a", "num_steps": 4, "batch_size": 4}
     tables = {"a": _BLOCKS, "b": after, "c": {**after, "training": "scales"}}
@@ -340,6 +342,7 @@ def test_the_model_trained_from_codes_is_the_written_model(variants: Variants) -
         assert measure_perplexity(model, rows, batch_size=4).loss == pytest.approx(last["loss"], rel=1e-6)
 
 
+@pytest.mark.matrix
 def test_scales_are_trained_without_a_variant_to_start_from(job: Job) -> None:
     rounded = job.run(bits=2, group_size=32, max_validation_rows=64)
     table = {"method": "qat", "training": "scales", "distill": True, "bits": 2, "group_size": 32, "batch_size": 8}
@@ -348,6 +351,7 @@ def test_scales_are_trained_without_a_variant_to_start_from(job: Job) -> None:
     assert "start" not in report
 
 
+@pytest.mark.matrix
 def test_interrupted_training_from_codes_resumes_to_the_same_bytes(
     variants: Variants, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +379,7 @@ def test_interrupted_training_from_codes_resumes_to_the_same_bytes(
     assert (folder / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.matrix
 def test_variants_share_the_teacher_until_the_model_or_the_text_changes(variants: Variants) -> None:
     table = {"method": "qat", "distill": True, "num_steps": 2, "batch_size": 4, "bits": 2}
     tables = {"a": table, "b": {**table, "bits": 3, "training": "scales"}}
@@ -402,6 +407,7 @@ def test_variants_share_the_teacher_until_the_model_or_the_text_changes(variants
     assert variants.run("a", **tables)["teacher"]["file"] not in (other, first["file"])
 
 
+@pytest.mark.matrix
 def test_a_variant_is_built_after_the_one_that_it_starts_from_and_has_its_settings(variants: Variants) -> None:
     a = {"bits": 3, "group_size": 32, "layers": [{"match": "*embed*", "bits": 8}], "dtype": "keep"}
     variants.write(b={"method": "qat", "start": "quantize:a", "num_steps": 2}, a=a)
@@ -419,6 +425,7 @@ def test_a_variant_is_built_after_the_one_that_it_starts_from_and_has_its_settin
     check_plans(workflow)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("start", "table", "line"),
     [
@@ -460,6 +467,7 @@ def test_keys_that_contradict_the_variant_to_start_from_are_an_error(
     assert line in str(caught.value)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", ["rtn", "block", "qat"])
 def test_a_rotated_model_is_quantized_and_compared_with_the_dense_one(job: Job, method: str) -> None:
     path = job.folder / "artifacts/train/model.safetensors"
@@ -520,6 +528,7 @@ _BUDGETS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", _BUDGETS)
 def test_the_plan_of_a_budget_is_measured_with_its_method_and_never_worse_than_a_uniform_one(
     job: Job, method: str, capfd: pytest.CaptureFixture[str]
@@ -542,6 +551,7 @@ def test_the_plan_of_a_budget_is_measured_with_its_method_and_never_worse_than_a
     assert not list((job.folder / "artifacts").rglob("block-*.safetensors"))
 
 
+@pytest.mark.matrix
 def test_a_uniform_plan_is_taken_if_it_loses_less_than_the_mixed_one(
     job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -560,6 +570,7 @@ def test_a_uniform_plan_is_taken_if_it_loses_less_than_the_mixed_one(
     assert shown in capfd.readouterr().err
 
 
+@pytest.mark.matrix
 def test_a_rule_keeps_its_bits_and_its_group_size_under_a_budget(job: Job) -> None:
     layers = [{"match": "*embed_tokens", "bits": 8, "group_size": 32}, {"match": "*.down_proj", "group_size": 64}]
     report = job.run(target_bits_per_weight=5.5, calibration_rows=16, layers=layers, max_validation_rows=32)
@@ -569,6 +580,7 @@ def test_a_rule_keeps_its_bits_and_its_group_size_under_a_budget(job: Job) -> No
     assert len({size for path, (_, size) in found.items() if path.endswith("proj")}) > 1
 
 
+@pytest.mark.matrix
 def test_candidates_that_gptq_does_not_have_are_an_error(job: Job) -> None:
     (line,) = job.problems(UserError, method="gptq", target_bits_per_weight=3.5, candidate_bits=[3])
     assert line == "quantize.candidate_bits: mlx-lm's GPTQ has 2, 4 and 8 bits. Name one of them."
@@ -764,6 +776,7 @@ def test_check_validates_the_plan_without_artifacts(job: Job) -> None:
     check_plans(load_workflow(job.folder / "workflow.toml"))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("table", "line"),
     [
@@ -795,6 +808,7 @@ def test_a_method_that_does_not_support_the_plan_is_refused_before_anything_is_c
     assert re.sub(r"model\.layers\.0\.[\w.]+\w", "LAYER", found) == line
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("budget", [{}, {"target_bits_per_weight": 3.6, "candidate_bits": [2, 4]}])
 def test_a_block_run_that_ends_in_the_middle_resumes_after_its_last_block_to_the_same_bytes(
     job: Job, monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any]

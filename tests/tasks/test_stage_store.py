@@ -114,6 +114,7 @@ def test_only_stages_of_the_same_settings_and_inputs_are_taken(pushed: Machine) 
     other.assert_correct()
 
 
+@pytest.mark.matrix
 def test_what_read_from_another_result_of_the_same_settings_is_not_taken(pushed: Machine) -> None:
     other = _other(pushed, "pull = false\n")
     stage = other.folder / "stage.py"
@@ -164,6 +165,7 @@ def test_a_damaged_artifact_is_refused_and_built(pushed: Machine, store: Path, d
     assert third.taken_and_built("s2") == ([1, 2], [])
 
 
+@pytest.mark.matrix
 def test_push_and_pull_by_name(pushed: Machine, store: Path) -> None:
     other = _other(pushed)
     code, out, _ = other.doit("push", "s2")
@@ -188,6 +190,7 @@ def test_a_build_that_was_asked_for_is_no_download(pushed: Machine) -> None:
     assert other.taken_and_built("s1") == ([], [1])
 
 
+@pytest.mark.matrix
 def test_stages_are_uploaded_as_they_are_built_if_the_workflow_says_so(tmp_path: Path, store: Path) -> None:
     machine = Machine(tmp_path / "one", f"file://{store}", 'push = "auto"\n')
     process, _ = machine.pause_in(4)
@@ -211,6 +214,7 @@ def server() -> Iterator[S3Server]:
         yield running
 
 
+@pytest.mark.matrix
 def test_two_machines_that_push_at_once_and_one_that_pulls_meanwhile(server: S3Server, tmp_path: Path) -> None:
     url = f"s3://{BUCKET}/{tmp_path.name}"
     machines = [Machine(tmp_path / name, url) for name in ("one", "two", "three")]
@@ -257,6 +261,7 @@ def test_a_store_that_refuses_is_one_line_before_the_build(tmp_path: Path) -> No
     assert SECRET not in shown
 
 
+@pytest.mark.matrix
 def test_a_missing_bucket_is_one_line_and_the_stages_are_built(server: S3Server, tmp_path: Path) -> None:
     machine = Machine(tmp_path / "one", "s3://no-such-bucket/x")
     machine.variables |= server.environment
@@ -288,6 +293,7 @@ def test_nothing_to_do_asks_the_store_nothing_and_imports_nothing_for_it(tmp_pat
             listener.accept()
 
 
+@pytest.mark.matrix
 def test_a_connection_that_is_cut_is_one_line_and_the_stage_is_built(server: S3Server, tmp_path: Path) -> None:
     url = f"s3://{BUCKET}/{tmp_path.name}"
     one, two = (Machine(tmp_path / name, url) for name in ("one", "two"))
@@ -315,6 +321,7 @@ open_store(sys.argv[1]).publish(blobs, "keys/k/x.record", b"about it", lambda: N
 """
 
 
+@pytest.mark.matrix
 def test_a_pusher_that_is_killed_leaves_nothing_and_the_next_one_succeeds(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +353,7 @@ def test_a_pusher_that_is_killed_leaves_nothing_and_the_next_one_succeeds(
 # --- a real workflow
 
 
+@pytest.mark.matrix
 def test_a_real_model_is_taken_with_every_file_and_what_measures_a_machine_is_not(tmp_path: Path, store: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, push in ((one, "auto"), (two, "never")):
@@ -376,6 +384,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.matrix
 def test_a_machine_that_is_killed_while_it_takes_an_artifact_takes_it_again(server: S3Server, tmp_path: Path) -> None:
     url = f"s3://{BUCKET}/{tmp_path.name}"
     one, two = (Machine(tmp_path / name, url) for name in ("one", "two"))

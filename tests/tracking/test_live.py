@@ -81,6 +81,7 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.matrix
 def test_points_are_reported_while_the_stage_runs_and_once_through_a_kill_of_it(tmp_path: Path) -> None:
     run = run_in(tmp_path, [])
     first = _start(tmp_path, run)
@@ -99,6 +100,7 @@ def test_points_are_reported_while_the_stage_runs_and_once_through_a_kill_of_it(
     assert list(live.closing_lines(tmp_path / "state")) == []
 
 
+@pytest.mark.matrix
 def test_a_kill_of_the_process_that_reports_is_one_line_and_nothing_to_the_stage(tmp_path: Path) -> None:
     run = run_in(tmp_path, [])
     stage = _start(tmp_path, run)
@@ -124,6 +126,7 @@ def test_a_kill_of_the_process_that_reports_is_one_line_and_nothing_to_the_stage
     assert _logged(run) == losses([10, 20])
 
 
+@pytest.mark.matrix
 def test_a_stage_does_not_wait_for_a_tracker_that_hangs_and_its_output_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +143,7 @@ def test_a_stage_does_not_wait_for_a_tracker_that_hangs_and_its_output_ends(
     ]
 
 
+@pytest.mark.matrix
 def test_what_hangs_early_is_said_while_the_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tensorboardX.py").write_text("import time\ntime.sleep(1000)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -153,6 +157,7 @@ def test_what_hangs_early_is_said_while_the_stage_runs(tmp_path: Path, monkeypat
     assert list(live.closing_lines(tmp_path / "state")) == []
 
 
+@pytest.mark.matrix
 def test_a_process_that_cannot_be_started_is_one_line_and_nothing_to_the_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

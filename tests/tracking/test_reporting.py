@@ -27,6 +27,7 @@ def _in_tensorboard(run: TrackedRun) -> list[tuple[int, float]]:
     return [(one.step, round(one.value, 4)) for one in scalars if one.name == "train/loss"]
 
 
+@pytest.mark.matrix
 def test_a_tracker_that_hangs_is_ended_with_what_it_started_and_the_other_one_finishes(
     tmp_path: Path, broken: Path
 ) -> None:
@@ -54,12 +55,14 @@ def _require_alive(process: int) -> None:
         raise ProcessLookupError
 
 
+@pytest.mark.matrix
 def test_a_library_that_holds_the_interpreter_is_ended(tmp_path: Path, broken: Path) -> None:
     broken.write_text("import ctypes\nctypes.PyDLL(None).sleep(1000)\n")
     _, said = report(request_of(run_in(tmp_path, [10]), "trackio", timeout_seconds=5))
     assert said == ["tracking: train: trackio: no answer for 5 s: ended. Later: mlxflow track train"]
 
 
+@pytest.mark.matrix
 def test_a_library_that_ends_its_process_is_one_line_that_names_its_output(tmp_path: Path, broken: Path) -> None:
     broken.write_text("import os\nprint('last words', flush=True)\nos._exit(0)\n")
     _, said = report(request_of(run_in(tmp_path, [10]), "trackio"))
@@ -69,6 +72,7 @@ def test_a_library_that_ends_its_process_is_one_line_that_names_its_output(tmp_p
     assert "last words" in (tmp_path / "logs" / "tracking-trackio-train.log").read_text()
 
 
+@pytest.mark.matrix
 def test_an_error_of_a_library_is_one_line_and_its_traceback_is_in_the_log(tmp_path: Path, broken: Path) -> None:
     broken.write_text("raise RuntimeError('no\\nroom at http://a:b@host/?write_token=c')\n")
     _, said = report(request_of(run_in(tmp_path, [10]), "trackio"))

@@ -62,6 +62,7 @@ def _start(project: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.matrix
 def test_a_training_that_is_killed_and_resumes_is_one_run_with_each_step_once(project: Path) -> None:
     pytest.importorskip("tensorboardX")
     with _start(project) as first:
@@ -81,6 +82,7 @@ def test_a_training_that_is_killed_and_resumes_is_one_run_with_each_step_once(pr
     assert _logged(project, "train/loss") == _recorded(project, "train")
 
 
+@pytest.mark.matrix
 def test_a_tracker_that_fails_fails_no_stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "tensorboardX.py").write_text("raise RuntimeError('out of order')")
     monkeypatch.setenv("PYTHONPATH", str(project))
