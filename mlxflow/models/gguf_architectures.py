@@ -58,6 +58,7 @@ class GgufArchitecture(NamedTuple):
         fields: further fields of the header, with the key of `config.json`.
         permutes: whether the rows of q and k are in the order of llama.cpp's rotary embedding.
         adds_one: whether the weights of norms are stored with one added.
+        exceeds_fp16: whether activations exceed the range of fp16, so that a folder in fp16 would give no numbers.
         settings: values of `config.json` that llama.cpp does not read from the file but assumes.
     """
 
@@ -68,6 +69,7 @@ class GgufArchitecture(NamedTuple):
     fields: Mapping[str, str] = {}
     permutes: bool = False
     adds_one: bool = False
+    exceeds_fp16: bool = False
     settings: Mapping[str, Any] = {}
 
     @property
@@ -132,6 +134,7 @@ ARCHITECTURES = (
             "attention.sliding_window": "sliding_window",
         },
         adds_one=True,
+        exceeds_fp16=True,
     ),
     GgufArchitecture(
         "gemma3",
@@ -140,6 +143,7 @@ ARCHITECTURES = (
         {**_GEMMA_BLOCKS, **_HEAD_NORMS},
         {"attention.sliding_window": "sliding_window"},
         adds_one=True,
+        exceeds_fp16=True,
         settings={"sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0},
     ),
     GgufArchitecture(

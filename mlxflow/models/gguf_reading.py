@@ -1,7 +1,7 @@
 """Read a GGUF file as a model folder in mlx-lm's format: weights, configuration, and a rebuilt tokenizer.
 
 Tensors of floats keep their dtype. Quantized ones are dequantized through `gguf`, to fp16: their scales have no more
-precision, and the rounding is a hundredth of that of the codes.
+precision, and the rounding is a hundredth of that of the codes. Of Gemma, whose activations exceed fp16, to bf16.
 """
 
 import json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # Part of the name of the folders: raised when earlier ones are no longer right
-_FORM = 1
+_FORM = 2
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -215,6 +215,8 @@ def _write_weights(reader: Any, architecture: GgufArchitecture, config: dict[str
             matrices.add(path)
     kinds = [entries[path][0] for path in matrices]
     dtype = max(set(kinds), key=kinds.count) if kinds else mx.float16
+    if dtype == mx.float16 and architecture.exceeds_fp16:
+        dtype = mx.bfloat16
     entries = {path: (dtype, shape) for path, (_, shape) in entries.items()}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     with TensorFile(file, entries, {"format": "mlx"}) as written:

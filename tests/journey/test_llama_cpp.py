@@ -197,6 +197,24 @@ def test_a_real_model_says_the_same_in_llama_cpp(exported: Path, variant: str) -
     assert answer["finish_reason"] == "stop"  # the end of a turn is in the file
 
 
+def test_a_file_of_k_quants_reads_as_in_llama_cpp() -> None:
+    from mlx_lm import load
+
+    try:
+        file = real_models.gemma3_file()
+    except pretrained.UnavailableError as error:
+        pytest.skip(str(error))
+    theirs = llama_cpp.Llama(str(file), n_ctx=512, logits_all=True, verbose=False, n_threads=2)
+    model, tokenizer, *_ = load(str(gguf_reading.opened(file)))
+    ids = tokenizer.encode(PROSE)
+    assert theirs.tokenize(PROSE.encode()) == ids
+    theirs.eval(ids)
+    found = _perplexity(np.array(theirs.scores[: len(ids)]), ids)
+    expected = _perplexity(np.array(model(mx.array([ids]))[0].astype(mx.float32)), ids)
+    # llama.cpp rounds activations beside quantized weights to eight bits, and the folder is in bf16
+    assert found == pytest.approx(expected, rel=0.03)
+
+
 def _perplexity(logits: "np.ndarray[Any, Any]", ids: list[int]) -> float:
     shifted = logits[:-1].astype(np.float64)
     largest = shifted.max(-1, keepdims=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -44,6 +44,20 @@ def test_a_quantized_file_becomes_a_dense_folder_in_fp16(file: Path, into: Path)
     assert 0.9 < np.corrcoef(np.array(original).ravel(), np.array(back).ravel())[0, 1] < 1  # four bits of noise
     model, _ = model_folder.load(into)
     assert model.layers[0].mlp.up_proj.weight.dtype == mx.float16
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "f16"])
+def test_gemma_is_computed_in_bf16_because_its_activations_exceed_fp16(
+    tmp_path: Path, into: Path, kind: Literal["q4_0", "f16"]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    gguf_models.write_model(folder, "gemma3_text", dtype=mx.float16)
+    gguf_writing.write(folder, tmp_path / "model.gguf", GgufRequest(kind, "auto", "small", "", "model"))
+    gguf_reading.write_folder(tmp_path / "model.gguf", into, key="model.gguf")
+    assert json.loads((into / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    model, _ = model_folder.load(into)
+    assert model.layers[0].mlp.up_proj.weight.dtype == mx.bfloat16
 
 
 def test_files_that_are_no_model_are_refused(file: Path, into: Path) -> None:
