@@ -20,6 +20,7 @@ from mlxflow.storage import atomic_folders, config_json, gguf_header, model_file
 from mlxflow.storage.digests import digest_file
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     from numpy.typing import NDArray
 
 
@@ -213,10 +214,7 @@ def _write_weights(reader: Any, architecture: GgufArchitecture, config: dict[str
         entries[path] = (dtypes.get(tensor.tensor_type.name, mx.float16), shape)
         if len(shape) > 1:
             matrices.add(path)
-    kinds = [entries[path][0] for path in matrices]
-    dtype = max(set(kinds), key=kinds.count) if kinds else mx.float16
-    if dtype == mx.float16 and architecture.exceeds_fp16:
-        dtype = mx.bfloat16
+    dtype = _dtype_of([entries[path][0] for path in matrices], architecture)
     entries = {path: (dtype, shape) for path, (_, shape) in entries.items()}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     with TensorFile(file, entries, {"format": "mlx"}) as written:
@@ -229,6 +227,14 @@ def _write_weights(reader: Any, architecture: GgufArchitecture, config: dict[str
                 dense = dense - np.float32(1)
             written.put(architecture.path(tensor.name), mx.array(dense).astype(dtype))
     config["torch_dtype"] = str(dtype).rpartition(".")[2]
+
+
+def _dtype_of(kinds: "list[mx.Dtype]", architecture: GgufArchitecture) -> "mx.Dtype":
+    """Return the dtype of a folder: that of most matrices, in which the architecture can compute."""
+    import mlx.core as mx
+
+    most = max(set(kinds), key=kinds.count) if kinds else mx.float16
+    return mx.bfloat16 if most == mx.float16 and architecture.exceeds_fp16 else most
 
 
 def _dense(tensor: Any, key: str) -> "NDArray[Any]":

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from benchmarks import real_models
 from mlxflow.models import gguf_reading, gguf_writing, model_folder
 from mlxflow.models.gguf_writing import GgufRequest
 from tests.conftest import mlxflow
