@@ -148,6 +148,7 @@ def test_under_the_least_accuracy_nothing_is_published(place: Path, table: str) 
     assert _evaluated(place, table.replace("0.9", "0.6"))["run"]["known"] == 1  # what was computed is kept
 
 
+@pytest.mark.matrix
 def test_a_large_drop_from_the_first_model_is_refused(place: Path) -> None:
     _write(place, "completions.jsonl", COMPLETIONS[:1] * 4)
     broken = place / "broken"
@@ -239,6 +240,7 @@ def test_a_missing_lm_eval_is_reported_with_the_command(job: Path, monkeypatch: 
     )
 
 
+@pytest.mark.matrix
 def test_a_conversation_needs_a_template_before_a_model_is_loaded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: Path) -> Writer:
         raise AssertionError(folder)
@@ -258,6 +260,7 @@ def test_a_conversation_needs_a_template_before_a_model_is_loaded(place: Path, m
         _evaluated(place, 'tasks = ["long.jsonl"]\nlong_prompts = "refuse"')
 
 
+@pytest.mark.matrix
 def test_cut_prompts_are_counted(place: Path) -> None:
     _write(place, "long.jsonl", [{"prompt": "thing to " * 40 + "thing to", "completion": " remember"}, COMPLETIONS[0]])
     report = _evaluated(place, 'tasks = ["long.jsonl"]\nmodels = ["train"]')

@@ -58,6 +58,7 @@ def _result(process: subprocess.Popen[str]) -> list[Any]:
     return results
 
 
+@pytest.mark.matrix
 def test_an_artifact_is_one_commit_and_the_first_record_is_kept(tmp_path: Path) -> None:
     before, after = ("names", "read", "has", "download"), ("names", "has", "download", "read")
     with hub() as server:
@@ -71,6 +72,7 @@ def test_an_artifact_is_one_commit_and_the_first_record_is_kept(tmp_path: Path) 
         assert set(server.files) == {"a/v1/blobs/ab/x", "a/v1/keys/k/x.record"}
 
 
+@pytest.mark.matrix
 def test_of_two_uploads_at_once_one_is_kept(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "ab"]
     with hub() as server:
@@ -83,6 +85,7 @@ def test_of_two_uploads_at_once_one_is_kept(tmp_path: Path) -> None:
         assert len(server.commits) == 1
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("url", "act", "expected"),
     [

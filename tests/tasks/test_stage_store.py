@@ -104,6 +104,7 @@ def test_another_machine_takes_every_artifact_and_is_up_to_date(pushed: Machine)
     assert pushed.doit("push")[1] == "".join(f"s{number}: is in the store already\n" for number in range(1, 7))
 
 
+@pytest.mark.matrix
 def test_only_stages_of_the_same_settings_and_inputs_are_taken(pushed: Machine) -> None:
     other = _other(pushed)
     (other.folder / "salt-s3").write_text("other")
@@ -182,6 +183,7 @@ def test_push_and_pull_by_name(pushed: Machine, store: Path) -> None:
     assert other.doit("pull")[0] == 2
 
 
+@pytest.mark.matrix
 def test_a_build_that_was_asked_for_is_no_download(pushed: Machine) -> None:
     other = _other(pushed)
     assert other.taken_and_built("-a", "s1") == ([], [1])
