@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mlxflow.quantization import float_grid
 from mlxflow.quantization.affine_grid import best_grid
-from mlxflow.quantization.codec import Packed, pack, symmetric_grid
+from mlxflow.quantization.codec import Packed, pack, symmetric_grid, unpack
 from mlxflow.quantization.settings import Setting
 
 # The scale 1 as it is stored in the floating-point modes
@@ -68,15 +68,7 @@ def codes_of(packed: Packed, setting: Setting) -> mx.array:
     else:
         scales = mx.ones(packed.scales.shape, mx.float32)
         biases = mx.zeros_like(scales)
-    return mx.dequantize(
-        packed.weight,
-        scales,
-        biases,
-        group_size=setting.group_size,
-        bits=setting.bits,
-        mode=setting.stored_mode,
-        dtype=mx.float32,
-    )
+    return unpack(Packed(packed.weight, scales, biases), setting, mx.float32)
 
 
 def grid_of(packed: Packed, setting: Setting) -> mx.array:

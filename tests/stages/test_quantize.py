@@ -152,21 +152,26 @@ def test_the_validated_qat_model_is_the_written_model(job: Job, table: dict[str,
     assert any(not mx.array_equal(trained[name], value) for name, value in plain.items())
 
 
-def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def _stop_training(monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
+    """Let every training save a checkpoint after a step, and end."""
     from mlxflow.training import trainer
 
+    update = trainer.Trainer._after_update
+
+    def stopped(self: Any) -> None:
+        if self._facts.step == step:
+            raise trainer.Stopped(step, self._save())
+        update(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_after_update", stopped)
+
+
+def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"method": "qat", "mode": "symmetric", "bits": 3, "num_steps": 6, "batch_size": 4}
     job.run(**table)
     whole = (job.artifact / "model.safetensors").read_bytes()
     shutil.rmtree(job.artifact)
-    update = trainer.Trainer._after_update
-
-    def stopped(self: Any) -> None:
-        if self._facts.step == 3:
-            raise trainer.Stopped(3, self._save())
-        update(self)
-
-    monkeypatch.setattr(trainer.Trainer, "_after_update", stopped)
+    _stop_training(monkeypatch, step=3)
     with pytest.raises(SystemExit):
         job.run(**table)
     assert not job.artifact.exists()
@@ -355,8 +360,6 @@ def test_scales_are_trained_without_a_variant_to_start_from(job: Job) -> None:
 def test_interrupted_training_from_codes_resumes_to_the_same_bytes(
     variants: Variants, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlxflow.training import trainer
-
     after = {"method": "qat", "start": "quantize:a", "distill": True, "num_steps": 6, "batch_size": 4}
     tables = {"a": _BLOCKS, "b": after}
     variants.run("a", **tables)
@@ -364,14 +367,7 @@ def test_interrupted_training_from_codes_resumes_to_the_same_bytes(
     folder = variants.folder / "artifacts/quantize/b"
     whole = (folder / "model.safetensors").read_bytes()
     shutil.rmtree(folder)
-    update = trainer.Trainer._after_update
-
-    def stopped(self: Any) -> None:
-        if self._facts.step == 3:
-            raise trainer.Stopped(3, self._save())
-        update(self)
-
-    monkeypatch.setattr(trainer.Trainer, "_after_update", stopped)
+    _stop_training(monkeypatch, step=3)
     with pytest.raises(SystemExit):
         variants.run("b", **tables)
     monkeypatch.undo()
