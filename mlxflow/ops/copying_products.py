@@ -21,17 +21,22 @@ def copying_products() -> Iterator[None]:
     """Let linear layers and tied heads return numbers of their inputs until the block ends.
 
     Result j of a position is its input j modulo the width: it depends on this position alone, as a product does.
-    Adapters and everything else compute as usual.
+    Adapters of matrices add nothing: with 16-bit numbers their products take milliseconds each on the CPU. Everything
+    else computes as usual.
     """
-    dora: Any = sys.modules.get("mlx_lm.tuner.dora")  # it dequantizes its base; not imported for that
     layers = [nn.Linear, nn.QuantizedLinear]
     heads = [nn.Embedding, nn.QuantizedEmbedding]
     changes = [(layer, "__call__", _copy(lambda layer: layer)) for layer in layers]
     changes += [(head, "as_linear", _copy(lambda layer: layer)) for head in heads]
-    if dora is not None:
-        changes += [(dora.DoRALinear, "__call__", _copy(lambda layer: layer.linear))]
+    changes += [(kind, "__call__", _copy(lambda layer: layer.linear)) for kind in _adapter_kinds()]
     with patching.attributes(*changes, by=__name__):
         yield
+
+
+def _adapter_kinds() -> list[Any]:
+    """Return mlx-lm's layers of an adapter beside a matrix; its modules are not imported for that."""
+    names = {"mlx_lm.tuner.lora": "LoRALinear", "mlx_lm.tuner.dora": "DoRALinear"}
+    return [getattr(sys.modules[module], kind) for module, kind in names.items() if module in sys.modules]
 
 
 def _copy(base: Callable[[Any], Any]) -> Callable[[Any, mx.array], mx.array]:

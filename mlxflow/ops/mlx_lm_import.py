@@ -25,6 +25,8 @@ from mlxflow.ops import patching
 _FUNCTIONS = {"mlx_lm.tokenizer_utils": ("load",), "huggingface_hub": ("snapshot_download",)}
 _TYPES = {"mlx_lm.tokenizer_utils": ("TokenizerWrapper",), "transformers": ("PreTrainedTokenizer",)}
 
+# Libraries that the reports of mlx-lm's own trainer go to, imported with it if they are installed
+_TRACKERS = ("wandb", "swanlab")
 
 # The limit of open files that mlx-lm sets, for models of many files
 _OPEN_FILES = 2048
@@ -101,14 +103,29 @@ def mlx_lm_utils() -> types.ModuleType:
 def tuner_utils() -> types.ModuleType:
     """Return `mlx_lm.tuner.utils`, which adds adapters.
 
-    Its package imports transformers for a type of its own trainer, which takes seconds and is not used here.
+    Its package imports transformers for a type of its own trainer, which takes seconds and is not used here, and the
+    trackers that are installed.
     """
     mlx_lm_utils()
     if "mlx_lm.tuner.utils" in sys.modules:
         return sys.modules["mlx_lm.tuner.utils"]
     stand_ins = {name: _stand_in(name) for name in ("transformers",) if name not in sys.modules}
+    stand_ins |= {name: _late(name) for name in _TRACKERS if name not in sys.modules and importlib.util.find_spec(name)}
     with patching.imported_modules(stand_ins, by=__name__):
         return importlib.import_module("mlx_lm.tuner.utils")
+
+
+def _late(name: str) -> types.ModuleType:
+    """Return a module that imports the one of its name when an attribute is looked up."""
+    module = types.ModuleType(name)
+
+    def attribute(key: str) -> Any:
+        if key.startswith("__"):  # the import system looks some up
+            raise AttributeError(key)
+        return getattr(importlib.import_module(name), key)
+
+    vars(module)["__getattr__"] = attribute
+    return module
 
 
 def _stand_in(name: str) -> types.ModuleType:

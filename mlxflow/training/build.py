@@ -49,6 +49,7 @@ class Subject(NamedTuple):
         context_length: positions of a row that the model sees, L.
         names: of the settings, for messages.
         make_objective: another loss than the cross-entropy of the tokens; None for the cross-entropy.
+        has_head: whether the settings have a fused loss because the model's head was found; else it is looked for.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Subject(NamedTuple):
     context_length: int
     names: SettingNames = _NAMES
     make_objective: ObjectiveMaker | None = None
+    has_head: bool = False
 
     def objective(self, *, uses_kernel: bool, chunk_share: float = 1.0) -> Objective:
         """Return the loss to minimize; call it before kernels are installed in the model.
@@ -74,6 +76,7 @@ class Subject(NamedTuple):
             masks_documents=self.settings.masks_documents,
             uses_kernel=uses_kernel,
             chunk_share=chunk_share,
+            has_head=self.has_head,
         )
 
     def recorded_kernels(self) -> model_kernels.ModelKernels:

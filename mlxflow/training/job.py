@@ -164,6 +164,7 @@ def prepare(
             names=names,
         )
         subject = build.Subject(start.model, settings, tokens.vocab_size, tokens.context_length, names)
+        subject = subject._replace(has_head=settings.fused_loss)  # found for this model
         kernels = kernel_selection.select_kernels(job.kernels, subject, tokens.rows.head(settings.batch_size), ahead)
     return start, subject, kernels
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.ops import document_mask
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
-from mlxflow.training.output_head import Head, find_head
+from mlxflow.training.output_head import Head, find_head, known_head
 
 #: Takes a model, tokens and marks, (B, L + 1) each, and further arrays of the rows if it needs any; returns the sum of
 #: the losses in nats and the number of target tokens, two scalars in fp32.
@@ -140,6 +140,7 @@ def make_objective(
     masks_documents: bool,
     uses_kernel: bool = False,
     chunk_share: float = 1.0,
+    has_head: bool = False,
 ) -> Objective:
     """Return the cross-entropy objective of a model.
 
@@ -150,8 +151,11 @@ def make_objective(
         masks_documents: no token attends to another document in its row.
         uses_kernel: see `loss.cross_entropy`.
         chunk_share: share of the usual rows whose logits the fused loss holds at a time.
+        has_head: whether `find_head` found the model's head before.
     """
-    head = find_head(model, vocab_size) if fused else None
+    head = None
+    if fused:
+        head = known_head(model) if has_head else find_head(model, vocab_size)
     if head is None:
         return plain_objective(masks_documents=masks_documents, uses_kernel=uses_kernel)
     chunk = chunk_rows(vocab_size, share=chunk_share)

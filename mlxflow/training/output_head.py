@@ -12,6 +12,9 @@ from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.patching import layer_method
 from mlxflow.ops.quantized_matmul import Format, dequantize
 
+# Tokens of the pass with test values, and of the pass that compares two ways to the hidden states, which is computed
+_TOKENS, _FEW_TOKENS = 8, 2
+
 # Test values that a head returns instead of its product: powers of ten that every floating dtype holds
 _SMALLEST_POWER, _LARGEST_POWER = -4, 4
 
@@ -50,6 +53,11 @@ class Head(NamedTuple):
         return "weight" in self.module(model).trainable_parameters()
 
 
+def known_head(model: nn.Module) -> Head:
+    """Return the head of a model in which `find_head` found one: a weight of its own, or that of the embedding."""
+    return Head(is_tied="lm_head" not in model)
+
+
 def find_head(model: nn.Module, vocab_size: int) -> Head | None:
     """Return a model's head, if its logits are the product of one weight with the hidden states; None otherwise.
 
@@ -69,7 +77,7 @@ def find_head(model: nn.Module, vocab_size: int) -> Head | None:
         return None
     if getattr(type(layer), "plain_type", type(layer)) not in plain or "bias" in layer:
         return None
-    tokens = mx.arange(1, 9)[None] % vocab_size
+    tokens = mx.arange(1, _TOKENS + 1)[None] % vocab_size
     try:
         with evaluating(model), copying_products():
             is_plain = _returns_the_product(model, body, layer, tokens, "as_linear" if is_tied else "__call__")
@@ -92,22 +100,26 @@ def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: 
 
     def answer(x: mx.array) -> mx.array:
         seen.given.append(x)
-        return mx.array(numbers).astype(x.dtype)
+        return mx.array(numbers[:, : x.shape[1]]).astype(x.dtype)
 
+    few = tokens[:, :_FEW_TOKENS]
     try:
         with (
             layer_method(body, "__call__", noting, by=__name__),
             layer_method(layer, method, lambda _: lambda self, x: answer(x), by=__name__),
         ):
-            logits = model(tokens)
-        return _is_plain(logits, seen, body(tokens), numbers)  # the body as `document_mask.apply_body` calls it
+            logits = model(tokens)  # only what follows the head is computed
+            if not seen.passes_through() or not _are_equal(logits, numbers, seen.given[0].dtype):
+                return False
+            model(few)
+        return _are_near(body(few), seen.hidden[-1])  # the body as `document_mask.apply_body` calls it
     finally:
         seen.hidden.clear()  # the replaced classes are in a reference cycle; the arrays must be freed earlier
         seen.given.clear()
 
 
 class _ForwardArrays(NamedTuple):
-    """Arrays of one forward pass.
+    """Arrays of forward passes.
 
     Attributes:
         hidden: returned by the body.
@@ -117,16 +129,19 @@ class _ForwardArrays(NamedTuple):
     hidden: list[mx.array]
     given: list[mx.array]
 
+    def passes_through(self) -> bool:
+        """Return whether the head was given what the body returned, once."""
+        return len(self.given) == 1 and len(self.hidden) == 1 and self.given[0] is self.hidden[0]
 
-def _is_plain(
-    logits: mx.array, seen: _ForwardArrays, direct: mx.array, numbers: "np.ndarray[Any, np.dtype[np.float32]]"
-) -> bool:
-    if len(seen.given) != 1 or len(seen.hidden) != 1 or seen.given[0] is not seen.hidden[0]:
-        return False
-    hidden = seen.hidden[0].astype(mx.float32)
-    is_same_body = float(mx.abs(direct.astype(mx.float32) - hidden).max()) < 0.02 * float(mx.abs(hidden).max())
-    wanted = mx.array(numbers).astype(direct.dtype).astype(mx.float32)
-    return is_same_body and bool(mx.array_equal(logits.astype(mx.float32), wanted))
+
+def _are_near(direct: mx.array, hidden: mx.array) -> bool:
+    first, second = direct.astype(mx.float32), hidden.astype(mx.float32)
+    return float(mx.abs(first - second).max()) < 0.02 * float(mx.abs(second).max())
+
+
+def _are_equal(logits: mx.array, numbers: "np.ndarray[Any, np.dtype[np.float32]]", dtype: mx.Dtype) -> bool:
+    wanted = mx.array(numbers).astype(dtype).astype(mx.float32)
+    return bool(mx.array_equal(logits.astype(mx.float32), wanted))
 
 
 def _numbers_of_every_size(shape: tuple[int, ...]) -> "np.ndarray[Any, np.dtype[np.float32]]":

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,8 +125,10 @@ def _open(
         ArtifactError: it is no model folder, its vocabulary lacks tokens, or it does not fit the method or `fuse`.
     """
     key = names.of("model.from")
-    model, own_config = model_folder.load(folder)
-    config = _fit_vocabulary(model, own_config, folder, source, settings, tokens, names)
+    with ThreadPoolExecutor(1) as beside:  # both take seconds, and MLX reads weights without Python's lock
+        added = beside.submit(_added_tokens, folder, source, tokens, names)
+        model, own_config = model_folder.load(folder)
+        config = _fit_vocabulary(model, own_config, folder, added.result(), settings, tokens, names)
     positions = config_json.num_positions(config)
     if tokens.context_length > positions:
         raise ArtifactError(
@@ -143,11 +146,24 @@ def _open(
     return model, config
 
 
+def _added_tokens(folder: Path, source: ModelSource, tokens: TokenFile, names: SettingNames) -> list[str]:
+    """Return the tokens that the tokenizer of the tokens has beside those of a model folder.
+
+    Raises:
+        ArtifactError: the tokens are of another tokenizer.
+    """
+    key, own = names.of("model.from"), folder / "tokenizer.json"
+    if not own.is_file():
+        tokens.require_vocabulary(model_folder.vocab_size(folder), key)
+    tokenizer_files.require_tokenizer(folder, source.tokenizer, key, tokens_key=names.tokenizer)
+    return vocabularies.added_tokens(source.tokenizer, beyond=own) if own.is_file() else []
+
+
 def _fit_vocabulary(
     model: nn.Module,
     config: Mapping[str, Any],
     folder: Path,
-    source: ModelSource,
+    added: list[str],
     settings: TrainingSettings,
     tokens: TokenFile,
     names: SettingNames,
@@ -155,14 +171,9 @@ def _fit_vocabulary(
     """Give a model rows for tokens that were added to its tokenizer, and return its `config.json`.
 
     Raises:
-        ArtifactError: the tokens are of another tokenizer, or the rows of added tokens cannot be made or trained.
+        ArtifactError: the rows of added tokens cannot be made or trained.
     """
-    key, own = names.of("model.from"), folder / "tokenizer.json"
-    num_known = model_folder.vocab_size(folder)
-    if not own.is_file():
-        tokens.require_vocabulary(num_known, key)
-    tokenizer_files.require_tokenizer(folder, source.tokenizer, key, tokens_key=names.tokenizer)
-    added = vocabularies.added_tokens(source.tokenizer, beyond=own) if own.is_file() else []
+    key, num_known = names.of("model.from"), model_folder.vocab_size(folder)
     if added and settings.adapter_shape is not None:
         listed = ", ".join(json.dumps(text) for text in added[:4]) + (" ..." if len(added) > 4 else "")
         raise ArtifactError(

@@ -47,7 +47,6 @@ def test_questions_about_a_model_read_no_matrix(ask: Callable[[nn.Module], Any],
 
 
 def _is_of_a_matrix(name: str, bits: int) -> bool:
-    """Return whether a parameter is a matrix of a block, or the scales of its codes."""
-    return name.startswith("model.layers") and name.endswith(
-        ("proj.scales", "linear.scales") if bits else ("proj.weight", "linear.weight")
-    )
+    """Return whether a parameter is a matrix of a block, the scales of its codes, or of an adapter beside it."""
+    of_matrix = ("proj.scales", "linear.scales") if bits else ("proj.weight", "linear.weight")
+    return name.startswith("model.layers") and name.endswith((*of_matrix, "lora_a", "lora_b"))
