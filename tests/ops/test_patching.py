@@ -138,6 +138,7 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
             f"{LAYERS}.embedding.Embedding.as_linear",
             f"{LAYERS}.quantized.QuantizedEmbedding.as_linear",
             "mlx_lm.tuner.dora.DoRALinear.__call__",
+            "mlx_lm.tuner.lora.LoRALinear.__call__",
         },
     ),
     (
