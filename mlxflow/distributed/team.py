@@ -110,7 +110,9 @@ class Team:
     def _gather_numbers(self, mine: "NDArray[Any]") -> "NDArray[Any]":
         """Return the rows of all ranks, one of each; waits for them."""
         if self._numbers is None:
-            return np.array(self.gather(mx.array(mine)))
+            sent = self.gather(mx.array(mine))
+            mx.eval(sent)  # raises if a rank was lost, where NumPy would take what the memory holds
+            return np.array(sent)
         everyone = self._numbers.gather(mine.tobytes())
         return np.stack([np.frombuffer(row, mine.dtype) for row in everyone])
 

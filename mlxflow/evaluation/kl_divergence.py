@@ -18,6 +18,7 @@ from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.perplexity import Perplexity, mean_and_error, perplexity_from
 from mlxflow.evaluation.positions import EvaluationRows, TokenRows, hidden_states, parts, rows_for
 from mlxflow.evaluation.slices import positions_at_once
+from mlxflow.storage.host_arrays import numpy_of
 
 # Arrays of logits held at a time: both models', in their dtype and in fp32, and intermediate results
 _ARRAYS = 6
@@ -158,7 +159,7 @@ def _spans(body: Body, hidden: mx.array) -> Iterator[tuple[int, int]]:
 def _compared(exact: mx.array, rounded: mx.array, targets: mx.array) -> NDArray[np.float64]:
     """Return both losses, the divergence and the top-1 agreement of each position, (4, N)."""
     values: list[mx.array] = _compare(exact.astype(mx.float32), rounded.astype(mx.float32), targets)
-    return np.array([np.array(value) for value in values], np.float64)
+    return np.array([numpy_of(value) for value in values], np.float64)
 
 
 @mx.compile

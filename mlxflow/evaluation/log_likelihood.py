@@ -18,6 +18,7 @@ from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.positions import EvaluationRows, hidden_states
 from mlxflow.evaluation.slices import positions_at_once, rows_at_once
 from mlxflow.ops.eval_mode import evaluating
+from mlxflow.storage.host_arrays import numpy_of
 
 # Arrays of logits held at a time: in the model's dtype, in fp32, and one of their size
 _ARRAYS = 3
@@ -131,6 +132,6 @@ def _at_targets(body: Body, part: EvaluationRows) -> tuple[NDArray[np.float32], 
     for begin in range(0, len(hidden), step):
         targets = part.targets[begin : begin + step]
         logits = body.logits(hidden[begin : begin + step]).astype(mx.float32)
-        nats.append(np.array(-nn.losses.cross_entropy(logits, targets, reduction="none")))
-        hits.append(np.array(mx.argmax(logits, axis=-1) == targets))
+        nats.append(numpy_of(-nn.losses.cross_entropy(logits, targets, reduction="none")))
+        hits.append(numpy_of(mx.argmax(logits, axis=-1) == targets))
     return np.concatenate(nats), np.concatenate(hits)

@@ -18,6 +18,7 @@ from mlxflow.evaluation.positions import EvaluationRows, TokenRows, hidden_state
 from mlxflow.evaluation.slices import positions_at_once
 from mlxflow.messages.errors import StageError
 from mlxflow.ops.eval_mode import evaluating
+from mlxflow.storage.host_arrays import numpy_of
 
 __all__ = ["Perplexity", "TokenRows", "mean_and_error", "measure_perplexity", "perplexity_from", "perplexity_of"]
 
@@ -106,7 +107,7 @@ def _losses(body: Body, part: EvaluationRows) -> NDArray[np.float32]:
     losses = []
     for begin in range(0, len(hidden), step):
         logits = body.logits(hidden[begin : begin + step]).astype(mx.float32)
-        losses.append(np.array(nn.losses.cross_entropy(logits, part.targets[begin : begin + step], reduction="none")))
+        losses.append(numpy_of(nn.losses.cross_entropy(logits, part.targets[begin : begin + step], reduction="none")))
     return np.concatenate(losses)
 
 

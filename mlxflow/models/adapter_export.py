@@ -14,6 +14,7 @@ import numpy as np
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import adapter_files, gguf_architectures
 from mlxflow.storage import config_json, model_files, tensor_writing
+from mlxflow.storage.host_arrays import numpy_of
 
 # Names in PEFT's file, by mlx-lm's
 _PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -141,7 +142,7 @@ def write_gguf(adapters: Adapters, folder: Path, file: Path, *, key: str) -> str
         name = architecture.tensor_name(f"{path}.weight")
         if not name:
             raise ArtifactError(f"{key}: its layer {path} has no name in llama.cpp's {architecture.name}.")
-        factor = np.array(value.T.astype(mx.float32))
+        factor = numpy_of(value.T.astype(mx.float32))
         kind = name.split(".")[-2]
         if own == "lora_b" and architecture.permutes and kind in heads:
             factor = factor[gguf_architectures.rotary_order(len(factor), heads[kind] or heads["attn_q"])]

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflow.models import quantized_layers
+from mlxflow.storage.host_arrays import numpy_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,7 +110,7 @@ def encode(layer: nn.Module, encoding: Encoding, rows: "NDArray[np.intp] | None"
     """
     if encoding.keeps_codes:
         return _kept_codes(layer, encoding.type, rows)
-    weight = np.array(quantized_layers.dense_weight(layer).astype(mx.float32))
+    weight = numpy_of(quantized_layers.dense_weight(layer).astype(mx.float32))
     return encode_floats(weight if rows is None else weight[rows], encoding.type)
 
 
@@ -129,10 +130,10 @@ def _kept_codes(layer: nn.Module, kind: str, rows: "NDArray[np.intp] | None") ->
         return _mxfp4(layer, rows)
     ones, zeros = mx.ones_like(layer.scales).astype(mx.float32), mx.zeros_like(layer.scales).astype(mx.float32)
     dense = mx.dequantize(layer.weight, ones, zeros, group_size=layer.group_size, bits=layer.bits)
-    codes = np.array(dense).astype(np.int16)
+    codes = numpy_of(dense).astype(np.int16)
     repeats = layer.group_size // _BLOCK
     scales, biases = (
-        np.repeat(np.array(one.astype(mx.float32)), repeats, axis=-1) for one in (layer.scales, layer.biases)
+        np.repeat(numpy_of(one.astype(mx.float32)), repeats, axis=-1) for one in (layer.scales, layer.biases)
     )
     if rows is not None:
         codes, scales, biases = codes[rows], scales[rows], biases[rows]
@@ -157,7 +158,7 @@ def _halves(values: "NDArray[Any]") -> "NDArray[Any]":
 
 def _mxfp4(layer: nn.Module, rows: "NDArray[np.intp] | None") -> "NDArray[Any]":
     """Return blocks of a shared exponent, as MLX's, and 32 codes whose order within the bytes differs from MLX's."""
-    exponents, packed = np.array(layer.scales), np.array(layer.weight).view(np.uint8)
+    exponents, packed = numpy_of(layer.scales), numpy_of(layer.weight).view(np.uint8)
     if rows is not None:
         exponents, packed = exponents[rows], packed[rows]
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, _BLOCK)

@@ -15,6 +15,7 @@ from mlxflow.models.adapter_files import fuse
 from mlxflow.models.gguf_architectures import GgufArchitecture
 from mlxflow.models.gguf_blocks import Encoding
 from mlxflow.storage import config_json
+from mlxflow.storage.host_arrays import numpy_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,7 +109,7 @@ class _Source(NamedTuple):
     def expected(self) -> "NDArray[Any]":
         """Return the dense tensor in fp32, in the file's order of rows."""
         value = self.value if self.layer is None else _dense(self.layer)
-        dense = np.array(value.astype(mx.float32))
+        dense = numpy_of(value.astype(mx.float32))
         return (dense if self.rows is None else dense[self.rows]) + np.float32(self.added)
 
 

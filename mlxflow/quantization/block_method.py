@@ -28,6 +28,7 @@ from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.scale_groups import cast_to
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.trained_grid import GridLayer, Trained
+from mlxflow.storage.host_arrays import numpy_of
 
 #: Tokens in an update. Below: in a forward pass without gradients
 TOKENS_PER_STEP, _TOKENS_AT_ONCE = 2048, 4096
@@ -234,8 +235,8 @@ class _BlockWork:
             grid = first_grid(weight, setting)
             inputs = products.pop(path, None)
             if inputs is not None and inputs.shape[-1] == weight.shape[-1]:
-                compensation = Compensation(np.array(inputs))
-                numbers = (np.array(one.astype(mx.float32)) for one in (weight, grid))
+                compensation = Compensation(numpy_of(inputs))
+                numbers = (numpy_of(one.astype(mx.float32)) for one in (weight, grid))
                 weight = mx.array(compensation.applied(*numbers, nearest=nearest(setting)))
             dtypes = modules[path].weight.dtype, stored[path]
             layers[path], arrays[path] = GridLayer.begin(weight, setting, grid, dtypes=dtypes)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.dense_reference import Reference
@@ -24,6 +23,7 @@ from mlxflow.quantization.scale_groups import in_fp32_on_cpu
 from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
 from mlxflow.quantization.settings import Setting
 from mlxflow.report.stage_reports.quantize import BudgetFigures, BudgetPlanFigures
+from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.run_context import Context
 from mlxflow.training.model_choices import default_objective
 
@@ -96,7 +96,7 @@ def allocate(
     costs = _costs(request, dense, room.candidates, tokens, context)
     plans_made = bit_allocation.plans_within(room, costs, asked, most_uniform=_UNIFORM.get(request.method, 1))
     ids, marks = calibration_rows(request, tokens, context, skips=request.calibration_rows)
-    rows = Rows(np.array(ids), np.array(marks))
+    rows = Rows(numpy_of(ids), numpy_of(marks))
     exact = dense.reopened()
     tried: list[_Tried] = []
     for name, layers in plans_made.items():

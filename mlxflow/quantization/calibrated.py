@@ -26,6 +26,7 @@ from mlxflow.quantization.mlx_lm_patches import (
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.settings import Setting
+from mlxflow.storage.host_arrays import numpy_of
 
 #: Rows in a forward pass of the methods.
 BATCH_SIZE = 4
@@ -202,7 +203,7 @@ def dwq(
         )
     student = _rounded_copy(model, plan)
     dtype = next(layer.weight.dtype for path, layer in quantizable_layers(model).items() if path in plan)
-    rows = [(row, 0) for row in np.array(tokens).tolist()]
+    rows = [(row, 0) for row in numpy_of(tokens).tolist()]
     with numpy_random_kept(), dense_products(student), quiet():
         dwq_quantize(
             student,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mlxflow.quantization.codec import Packed, bit_stream
 from mlxflow.quantization.settings import Setting
+from mlxflow.storage.host_arrays import numpy_of
 
 #: The largest element of each mode.
 LARGEST = {"mxfp4": 6.0, "nvfp4": 6.0, "mxfp8": 448.0}
@@ -28,7 +29,7 @@ _LEAST_E4M3 = 2.0**-9
 def elements(mode: str) -> NDArray[np.float32]:
     """Return all values of an element of a mode, in increasing order."""
     if mode == "mxfp8":
-        half = np.array(mx.from_fp8(mx.arange(127, dtype=mx.uint8), mx.float32))
+        half = numpy_of(mx.from_fp8(mx.arange(127, dtype=mx.uint8), mx.float32))
     else:
         half = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     return np.concatenate([-half[:0:-1], half])

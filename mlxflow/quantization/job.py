@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages import terminal
 from mlxflow.models import tokenizer_files
@@ -25,6 +23,7 @@ from mlxflow.quantization.streaming_export import Exported, export
 from mlxflow.quantization.work_forecast import announced
 from mlxflow.report.stage_reports.quantize import BudgetFigures, QualityFigures, RotationFigures, TeacherFigures
 from mlxflow.storage import config_json, tensor_writing
+from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.run_context import Context, ModelFolder
 
 
@@ -150,7 +149,7 @@ def _texts(request: QuantizationRequest, tokens: TokenPair, context: Context) ->
     if request.training is not None:
         learned = tokens.train.rows.tokens
     elif request.method != "rtn" or request.budget is not None or request.rotations:
-        learned = np.array(calibration_rows(request, tokens.train, context)[0])
+        learned = numpy_of(calibration_rows(request, tokens.train, context)[0])
     judging = tokens.validation.rows.head(request.limits.max_rows)
     return describe_texts(learned, tokens.train, judging, stage=request.token_stage)
 

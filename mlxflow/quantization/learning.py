@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.quantization import block_method, calibrated
@@ -18,6 +17,7 @@ from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
 from mlxflow.quantization.settings import Setting
 from mlxflow.report.stage_reports.quantize import TeacherFigures
 from mlxflow.storage.digests import digest_json
+from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.run_context import Context, derive_seed
 
 #: The setting of the method for messages.
@@ -109,7 +109,7 @@ def _learn_blocks(
         identity=digest_json({"origin": origin, "device": context.device, "layers": settings}),
         name=BLOCK.format(key),
     )
-    rows = np.array(calibration_rows(request, tokens, context)[0])[:, :-1]
+    rows = numpy_of(calibration_rows(request, tokens, context)[0])[:, :-1]
     with show_parts(key, "learning", len(dense.model.layers), "blocks") as watch:
         return block_method.learn_blocks(
             dense.reopened, layers, rows, asked, watch=lambda one: watch(f"{one.path}: error {one.output:.2g}")
@@ -126,7 +126,7 @@ def _tune_scales(
 ) -> tuple[TunedScales, TeacherFigures]:
     """Return packed layers with scales and biases trained to the dense model's distributions, which are cached."""
     ids, marks = calibration_rows(request, tokens, context)
-    chosen = Rows(np.array(ids), np.array(marks))
+    chosen = Rows(numpy_of(ids), numpy_of(marks))
     rows = chosen.tokens[:, :-1]
     teacher = teacher_of(dense, chosen, masks_documents=False, context=context)
     student = dense.reopened()

@@ -22,6 +22,7 @@ from mlxflow.quantization.layer_inputs import input_products, remove_weights
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.scale_groups import cast_to
 from mlxflow.quantization.settings import Setting
+from mlxflow.storage.host_arrays import numpy_of
 
 # Weight of the lookups of an embedding that is also the head, relative to the mean over its columns as a head
 _LOOKUPS = 1.0
@@ -52,7 +53,7 @@ def round_outside(
         else:
             if hasattr(layers[path], "as_linear"):
                 inputs = inputs + mx.eye(len(inputs)) * (_LOOKUPS * mx.diag(inputs).mean())
-            packed = _packed(weight, setting, Compensation(np.array(inputs)))
+            packed = _packed(weight, setting, Compensation(numpy_of(inputs)))
         mx.eval(packed)
         rounded[path] = packed, unpack(packed, setting, weight.dtype)
     return rounded
@@ -67,7 +68,7 @@ def _packed(weight: mx.array, setting: Setting, compensation: Compensation | Non
         grid = first_grid(rows, setting)
         exact = rows
         if compensation is not None:
-            numbers = (np.array(one.astype(mx.float32)) for one in (rows, grid))
+            numbers = (numpy_of(one.astype(mx.float32)) for one in (rows, grid))
             exact = mx.array(compensation.applied(*numbers, nearest=nearest(setting)))
         parts.append(pack_on(exact, setting, grid))
         mx.eval(parts[-1])

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import mlx.nn as nn
-import numpy as np
 
 from mlxflow.data.token_file import Rows
 from mlxflow.messages import terminal
@@ -19,6 +18,7 @@ from mlxflow.quantization.rotation_choice import choose_rotation, require_rotata
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.start_grid import StartGrid, plan_of, read_start
 from mlxflow.report.stage_reports.quantize import BudgetFigures, RotationFigures
+from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.run_context import Context, derive_seed
 
 # The setting of the rotations for messages, and the bits that mlx-lm's GPTQ has
@@ -63,7 +63,7 @@ def choose(request: QuantizationRequest, dense: DenseModel, tokens: TokenPair | 
         choice = choose_rotation(
             dense.reopened,
             plan.layers,
-            Rows(np.array(ids), np.array(marks)),
+            Rows(numpy_of(ids), numpy_of(marks)),
             count=request.rotations,
             seed=derive_seed(context.seed, "quantize.rotations"),
             name=_ROTATIONS.format(key, request.rotations),

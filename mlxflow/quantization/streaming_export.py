@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.quantization.codec import Packed, pack, scales_dtype, unpack
 from mlxflow.quantization.settings import Setting
+from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.tensor_reading import StoredRows
 from mlxflow.storage.tensor_writing import TensorFile
 
@@ -245,7 +246,7 @@ def _rows_of(codes: Packed, begin: int, end: int) -> Packed:
 
 def _square(x: mx.array) -> float:
     """Return the sum of squares of an fp32 array; NumPy's dot product takes one pass, MLX two."""
-    numbers = np.array(x, copy=False).reshape(-1)
+    numbers = numpy_of(x, copy=False).reshape(-1)
     return float(np.dot(numbers, numbers))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlxflow.messages.errors import StageError
 from mlxflow.messages.os_errors import advise_on, naming
 from mlxflow.storage.digests import PROVENANCE_KEY
+from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.tensor_header import encode_header, read_safetensors_header
 from mlxflow.storage.tensor_types import FORMAT_NAMES
 
@@ -151,11 +152,10 @@ class TensorFile:
 def _raw_bytes(tensor: "mx.array") -> "memoryview[int]":
     """Return the bytes of a tensor, without a copy if it is contiguous."""
     import mlx.core as mx
-    import numpy as np
 
     # numpy has no bf16, and a view as bytes needs an axis
     flat = mx.contiguous(tensor).reshape(-1)
-    return np.array(flat if flat.dtype.size == 1 else flat.view(mx.uint8), copy=False).data.cast("B")
+    return numpy_of(flat if flat.dtype.size == 1 else flat.view(mx.uint8), copy=False).data.cast("B")
 
 
 def _require_space(path: Path, needed_bytes: int) -> None:

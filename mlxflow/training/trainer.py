@@ -258,6 +258,7 @@ class Trainer:
     def _save(self) -> Path:
         """Write a checkpoint and return its folder."""
         self._settle(0)
+        self._team.exchange("checkpoint", ())  # fails if a rank was lost: its last gradients may have been missing
         self._team.beat("checkpoint")
         with self._recorder.paused():
             self._facts.note_peak()

@@ -1,10 +1,12 @@
 """A rank with a fault of the test's choice: `python faulty_rank.py FAULT MARKER run STAGE ...`.
 
-A fault strikes rank 1 in its third forward pass (a full disk: rank 0 in step 4), unless the file MARKER exists.
+A fault strikes rank 1 in its third forward pass (a full disk: rank 0 in step 4; "sum": rank 1 before it sends the
+gradients of step 4, after which a checkpoint is saved), unless the file MARKER exists.
 """
 
 import errno
 import os
+import signal
 import socket
 import sys
 from contextlib import suppress
@@ -19,6 +21,7 @@ import mlx.core as mx  # noqa: E402
 
 from mlxflow.__main__ import main  # noqa: E402
 from mlxflow.distributed.rank import of_this_process  # noqa: E402
+from mlxflow.distributed.team import Team  # noqa: E402
 from mlxflow.storage import atomic_folders  # noqa: E402
 from mlxflow.training.rank_step import RankStep  # noqa: E402
 
@@ -66,6 +69,17 @@ def full(folder: Path, **named: Any) -> Any:
     return publishing(folder, **named)
 
 
+def killed(team: Team, array: mx.array) -> mx.array:
+    """Send an array to all ranks, or be killed before it is sent."""
+    sends_gradients = team.step == 4 and team.rank.number == 1 and array.dtype == mx.float32
+    if fault == "sum" and sends_gradients and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gather(team, array)
+
+
+gather = Team.gather
+Team.gather = killed  # type: ignore[method-assign,assignment]
 publishing = atomic_folders.publishing
 atomic_folders.publishing = full  # type: ignore[assignment]
 RankStep.compute = faulty  # type: ignore[method-assign,assignment]

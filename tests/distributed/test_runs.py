@@ -210,6 +210,14 @@ def test_a_rank_with_other_weights_ends_the_run_with_its_name(train: Build, faul
     )
 
 
+def test_a_rank_that_dies_while_gradients_are_added_leaves_no_wrong_checkpoint(
+    trained_alone: Alone, train: Build, fault: Callable[[str], None], tmp_path: Path
+) -> None:
+    fault("sum")
+    assert train(2) == trained_alone[1]
+    assert (tmp_path / "struck").exists()
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(20))
 def test_ranks_killed_at_random_steps_end_in_the_same_bytes(
