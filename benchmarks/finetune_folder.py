@@ -110,6 +110,16 @@ def _write_tokenizer(vocab_size: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
+def write_random_folder(shape: dict[str, Any], folder: Path) -> None:
+    """Write a model folder with random bf16 weights, and a tokenizer that has a word for each id.
+
+    Args:
+        shape: its `config.json`.
+        folder: exists.
+    """
+    _write_random_model(Job(shape, 1, 1, bits=0), folder)
+
+
 def _write_random_model(job: Job, folder: Path) -> None:
     """Write random weights tensor by tensor: codes are random bits, scales give the spread of fresh weights."""
     import mlx.core as mx

@@ -4,7 +4,9 @@ import copy
 import itertools
 import math
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.quantization_job import Job, print_row, uniform_plan
@@ -84,13 +86,15 @@ def learned(folder: str) -> None:
         perplexities = {"rtn": job.rounded(job.model(), plan)}
         if bits != 3:  # mlx-lm's GPTQ does not have it
             model = job.model()
-            made = calibrated.gptq(model, plan, tokens[:, :-1], batch_size=8, key="quantize")
+            made = calibrated.gptq(job.model, plan, tokens[:, :-1], batch_size=8, key="quantize")
             perplexities["gptq"] = job.perplexity_of(model, made, plan)
         model = job.model()
-        made = calibrated.awq(model, plan, tokens[:, :-1], search_steps=20, key="quantize")
-        perplexities["awq"] = job.perplexity_of(model, made, plan)
+        with tempfile.TemporaryDirectory() as scaled:
+            rows = tokens[:, :-1]
+            made = calibrated.awq(model, plan, rows, search_steps=20, folder=Path(scaled), key="quantize")
+            perplexities["awq"] = job.perplexity_of(model, made, plan)
         model = job.model()
-        made = calibrated.dwq(model, plan, tokens, batch_size=4, learning_rate=1e-4, seed=0, key="quantize")
+        made = calibrated.dwq(job.model, plan, tokens, batch_size=4, learning_rate=1e-4, seed=0, key="quantize")
         perplexities["dwq"] = job.perplexity_of(model, made, plan)
         print_row(f"affine {bits}, of the dense model", **perplexities)
 

@@ -15,6 +15,9 @@
     python benchmarks/quantize.py evaluate FOLDER      evaluation of a quantized model on the CPU over the dense one
     python benchmarks/quantize.py convert [LAYERS]     time, peak memory, bytes against mlx_lm.convert, of 135 million
                                                        parameters (30 layers) or more
+    python benchmarks/quantize.py memory [SHAPE [METHODS [LAYERS]]]
+                                                       memory and time of each method on random weights of Llama 3's
+                                                       shape with few layers, and what grows with their number
 
 Prints one line of JSON a row. Everything but `recovery` is on the CPU.
 """
@@ -30,6 +33,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
 from benchmarks.conversion import convert, write
 from benchmarks.quantization_job import WORKFLOW, Job, print_row, uniform_plan
+from benchmarks.quantization_memory import memory
 from benchmarks.quantization_quality import budget, learned, qat, recovery
 from benchmarks.shapes import SMOLLM2_135M
 from mlxflow.device import cpu_backend
@@ -144,7 +148,7 @@ def evaluate(folder: str) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (base, qat, recovery, learned, step, budget, symmetric, sizes, evaluate, convert, write)
+    for part in (base, qat, recovery, learned, step, budget, symmetric, sizes, evaluate, convert, write, memory)
 }
 
 if __name__ == "__main__":

@@ -5,16 +5,27 @@ them to the bit.
 """
 
 import gc
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflow.evaluation.model_body import Body
-from mlxflow.evaluation.positions import EvaluationRows, TokenRows, count_positions, hidden_states, parts, rows_for
+from mlxflow.evaluation.positions import (
+    EvaluationRows,
+    TokenRows,
+    count_positions,
+    grouped,
+    hidden_states_of,
+    parts,
+    rows_for,
+)
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import temporary_files, tensor_reading, tensor_writing
 
@@ -39,21 +50,28 @@ class Reference:
         self._kept = stored
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Reference":
+    def of(cls, model: nn.Module | StreamedModel) -> "Reference":
         """Return a reference without a cache: each comparison runs the model."""
-        model.eval()
+        if isinstance(model, nn.Module):
+            model.eval()
         return cls(Body.of(model), None)
 
-    def hidden(self, part: EvaluationRows, begin: int) -> mx.array:
-        """Return the hidden states at the target positions of some rows, (N, D).
+    @property
+    def computing(self) -> list[Body]:
+        """The body, if comparisons run it; none if its results are cached."""
+        return [self.body] if self._kept is None else []
+
+    def hidden(self, some: Sequence[EvaluationRows], begin: int) -> list[mx.array]:
+        """Return the hidden states at the target positions of some consecutive forward passes, (N, D) each.
 
         Args:
-            part: the rows.
+            some: their rows.
             begin: number of target positions in all rows before them.
         """
         if self._kept is None:
-            return hidden_states(self.body, part)
-        return self._kept.read(begin, begin + len(part.targets))
+            return hidden_states_of(self.body, some)
+        ends = np.cumsum([begin, *(len(part.targets) for part in some)]).tolist()
+        return [self._kept.read(*span) for span in itertools.pairwise(ends)]
 
 
 def cached_reference(
@@ -71,37 +89,36 @@ def cached_reference(
     recognized: then each comparison computes them.
 
     Args:
-        load: returns the dense model with lazy weights; with cached hidden states, only those of its head are read. It
-            is called again once they are stored, so that the weights of the body are freed.
+        load: returns the dense model with lazy weights of its own; see `StreamedModel`. With cached hidden states, only
+            those of its head are read.
         rows: tokens and marks.
         folder: of the cache.
         key: a file name that identifies the model's content, the rows and everything else the hidden states depend on.
         batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
     """
-    model = load()
-    model.eval()
+    model = StreamedModel(load)
     file = folder / f"{key}{_SUFFIX}"
     with suppress(ArtifactError):
-        return _opened(model, file)
+        return _opened(model.model, file)
     body = Body.of(model)
     if body.path is None:
         return Reference(body, None)
-    begun = parts(rows, at_once=rows_for(model, body, rows, batch_size), masks_documents=masks_documents)
-    first = next(begun, None)
-    if first is None:
+    found = parts(rows, at_once=rows_for(body, rows, batch_size), masks_documents=masks_documents)
+    begun = (hidden for some in grouped([body], found) for hidden in hidden_states_of(body, some))
+    hidden = next(begun, None)
+    if hidden is None:
         return Reference(body, None)
-    hidden = hidden_states(body, first)
     shape = (count_positions(rows), hidden.shape[-1])
-    size = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    size = sum(value.nbytes for _, value in tree_flatten(model.model.parameters()))
     if shape[0] * shape[1] * hidden.dtype.size > max(size, _ALWAYS_KEPT_BYTES):
         return Reference(body, None)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = temporary_files.beside(file)
     with tensor_writing.TensorFile(temporary, {_NAME: (hidden.dtype, shape)}, {"body": body.path}) as out:
         out.put_rows(_NAME, hidden)
-        for part in begun:
-            out.put_rows(_NAME, hidden_states(body, part))
+        for one in begun:
+            out.put_rows(_NAME, one)
     temporary.replace(file)
     remove_oldest(folder)
     del model, body, begun

@@ -16,8 +16,17 @@ from numpy.typing import NDArray
 from mlxflow.evaluation.dense_reference import Reference
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.perplexity import Perplexity, mean_and_error, perplexity_from
-from mlxflow.evaluation.positions import EvaluationRows, TokenRows, hidden_states, parts, rows_for
+from mlxflow.evaluation.positions import (
+    EvaluationRows,
+    TokenRows,
+    grouped,
+    hidden_states,
+    hidden_states_of,
+    parts,
+    rows_for,
+)
 from mlxflow.evaluation.slices import positions_at_once
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.storage.host_arrays import numpy_of
 
 # Arrays of logits held at a time: both models', in their dtype and in fp32, and intermediate results
@@ -49,7 +58,12 @@ class Divergence(NamedTuple):
 
 
 def measure_divergence(
-    dense: nn.Module | Reference, quantized: nn.Module, rows: TokenRows, *, batch_size: int, masks_documents: bool
+    dense: nn.Module | Reference,
+    quantized: nn.Module | StreamedModel,
+    rows: TokenRows,
+    *,
+    batch_size: int,
+    masks_documents: bool,
 ) -> Divergence:
     """Compare two models over rows of tokens, with equal weight for every target; draws no random number.
 
@@ -75,7 +89,12 @@ def measure_divergence(
 
 
 def compare_positions(
-    dense: nn.Module | Reference, quantized: nn.Module, rows: TokenRows, *, batch_size: int, masks_documents: bool
+    dense: nn.Module | Reference,
+    quantized: nn.Module | StreamedModel,
+    rows: TokenRows,
+    *,
+    batch_size: int,
+    masks_documents: bool,
 ) -> NDArray[np.float64]:
     """Return for each target, in the order of the rows, what two models give, (4, N).
 
@@ -89,14 +108,16 @@ def compare_positions(
         masks_documents: no token attends to another document in its row.
     """
     reference = dense if isinstance(dense, Reference) else Reference.of(dense)
-    quantized.eval()
+    if isinstance(quantized, nn.Module):
+        quantized.eval()
     body = Body.of(quantized)
-    at_once = rows_for(quantized, body, rows, batch_size)
+    found = parts(rows, at_once=rows_for(body, rows, batch_size), masks_documents=masks_documents)
     columns, count = [np.empty((4, 0))], 0
-    for part in parts(rows, at_once=at_once, masks_documents=masks_documents):
-        sides = reference.hidden(part, count), hidden_states(body, part)
-        columns += [_compared(*one) for one in _slices(reference.body, body, sides, part)]
-        count += len(part.targets)
+    for some in grouped([body, *reference.computing], found):
+        exact, other = reference.hidden(some, count), hidden_states_of(body, some)
+        for part, sides in zip(some, zip(exact, other, strict=True), strict=True):
+            columns += [_compared(*one) for one in _slices(reference.body, body, sides, part)]
+            count += len(part.targets)
     return np.concatenate(columns, axis=1)
 
 
@@ -120,7 +141,7 @@ def costs_by_layer(
     dense.eval()
     modules = dict(dense.named_modules())
     body = Body.of(dense)
-    at_once = rows_for(dense, body, rows, batch_size)
+    at_once = rows_for(body, rows, batch_size)
     exact = [
         (part, hidden_states(body, part)) for part in parts(rows, at_once=at_once, masks_documents=masks_documents)
     ]

@@ -5,13 +5,14 @@ own code, so a cap, a scale, a bias or a masked column of the logits is kept. Th
 a few tokens, not by its name.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.ops import document_mask, patching
 from mlxflow.ops.copying_products import copying_products
 
@@ -31,26 +32,39 @@ class Body:
     Args:
         model: in eval mode.
         path: of the module that returns the hidden states; None if there is none.
+        streamed: the model, if its blocks are read when they are needed.
     """
 
-    def __init__(self, model: nn.Module, path: str | None) -> None:
+    def __init__(self, model: nn.Module, path: str | None, streamed: StreamedModel | None = None) -> None:
         self.path = path
+        self.streamed = streamed
         self._model = model
         self._module = None if path is None else _Replaceable(dict(model.named_modules())[path])
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Body":
+    def of(cls, model: nn.Module | StreamedModel) -> "Body":
         """Find the body of a model by forward passes on a few tokens.
 
         Args:
             model: of any architecture; maps (B, L) ids to (B, L, V) logits.
         """
+        streamed = model if isinstance(model, StreamedModel) else None
+        whole = model.model if isinstance(model, StreamedModel) else model
         with copying_products():
-            for path in _candidates(model):
-                body = cls(model, path)
+            for path in _candidates(whole):
+                body = cls(whole, path, streamed)
                 if body._is_one():
                     return body
-        return cls(model, None)
+        return cls(whole, None, streamed)
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole model."""
+        return self._model
+
+    def passes(self) -> AbstractContextManager[Callable[[], None]]:
+        """Record forward passes of a streamed model; see `StreamedModel.passes`. Does nothing for other models."""
+        return nullcontext(lambda: None) if self.streamed is None else self.streamed.passes()
 
     def hidden(self, tokens: mx.array, marks: mx.array | None) -> mx.array:
         """Return hidden states, (B, L, D); the logits, (B, L, V), if no body is known.
@@ -79,8 +93,9 @@ class Body:
         assert self._module is not None  # noqa: S101 - for the type checker
         tokens = mx.arange(1, _TOKENS + 1)[None] % 2
         try:
-            with self._module.noting() as seen:
+            with self.passes() as evaluate, self._module.noting() as seen:
                 logits = self._model(tokens)
+                evaluate()
                 if len(seen) != 1 or seen[0] is logits or not _is_hidden(seen[0]):
                     return False
                 hidden = seen.pop().squeeze(0)

@@ -81,7 +81,7 @@ def part_losses(
     losses: list[NDArray[np.float32]] = []
     with evaluating(model):
         body = Body.of(model)
-        at_once = rows_for(model, body, rows, batch_size)
+        at_once = rows_for(body, rows, batch_size)
         for number, begin in enumerate(range(0, rows.num_rows, at_once)):
             if is_wanted(number):
                 found = parts(_Window(rows, begin, at_once), at_once=at_once, masks_documents=masks_documents)

@@ -1,14 +1,16 @@
 """Batches of token rows for evaluation, their target positions, and the hidden states there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.slices import rows_at_once
+
+# Largest hidden states that are held at a time of a streamed model, whose blocks are read once for all of them
+_HELD_BYTES = 256 << 20
 
 
 class TokenRows(Protocol):
@@ -61,6 +63,21 @@ def parts(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[E
         )
 
 
+def all_positions(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[EvaluationRows]:
+    """Yield rows in their order, with every position as a target, whatever its mark.
+
+    Args:
+        rows: tokens and marks.
+        at_once: rows in a batch, B.
+        masks_documents: no token attends to another document in its row.
+    """
+    for begin in range(0, rows.num_rows, at_once):
+        tokens, marks = (np.asarray(one) for one in rows.batch(begin, begin + at_once))
+        pieces = mx.array(marks[:, :-1]) if masks_documents else None
+        ids = mx.array(tokens.astype(np.int32))
+        yield EvaluationRows(ids[:, :-1], pieces, None, ids[:, 1:].reshape(-1))
+
+
 def count_positions(rows: TokenRows) -> int:
     """Return the number of positions with a target."""
     _, marks = rows.batch(0, rows.num_rows)
@@ -69,23 +86,63 @@ def count_positions(rows: TokenRows) -> int:
 
 def hidden_states(body: Body, part: EvaluationRows) -> mx.array:
     """Return the hidden states at the target positions, (N, D), evaluated."""
-    hidden = body.hidden(part.tokens, part.pieces)
+    return hidden_states_of(body, [part])[0]
+
+
+def hidden_states_of(body: Body, some: Sequence[EvaluationRows]) -> list[mx.array]:
+    """Return the hidden states at the target positions of several forward passes, (N, D) each, evaluated.
+
+    A streamed model reads each block once for all of them.
+    """
+    with body.passes() as evaluate:
+        states = [_at_targets(body.hidden(part.tokens, part.pieces), part) for part in some]
+        evaluate()
+    for hidden in states:
+        mx.eval(hidden)
+    return states
+
+
+def _at_targets(hidden: mx.array, part: EvaluationRows) -> mx.array:
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    if part.chosen is not None:
-        hidden = hidden[part.chosen]
-    mx.eval(hidden)
-    return hidden
+    return hidden if part.chosen is None else hidden[part.chosen]
 
 
-def rows_for(model: nn.Module, body: Body, rows: TokenRows, most: int) -> int:
+def grouped(bodies: Sequence[Body], found: Iterable[EvaluationRows]) -> Iterator[list[EvaluationRows]]:
+    """Yield rows of forward passes that are computed together: single ones, unless a model is streamed.
+
+    Args:
+        bodies: of the models that compute them.
+        found: rows in their order.
+    """
+    if all(body.streamed is None for body in bodies):
+        yield from ([part] for part in found)
+        return
+    group: list[EvaluationRows] = []
+    held = 0
+    for part in found:
+        size = part.tokens.size * _bytes_of_a_state(bodies[0], part.tokens)
+        if group and held + size > _HELD_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(part)
+        held += size
+    if group:
+        yield group
+
+
+def _bytes_of_a_state(body: Body, tokens: mx.array) -> int:
+    hidden = body.hidden(tokens[:1, :1], None)  # not evaluated, and not kept: its graph would keep all weights
+    return hidden.shape[-1] * hidden.dtype.size
+
+
+def rows_for(body: Body, rows: TokenRows, most: int) -> int:
     """Return the number of rows in a forward pass; see `slices.rows_at_once`.
 
     Args:
-        model: the model that is evaluated.
-        body: its body.
+        body: of the model that is evaluated.
         rows: tokens and marks.
         most: upper bound.
     """
     tokens = mx.array(np.asarray(rows.batch(0, 1)[0])[:, :-1])
     logits = 0 if body.path is not None else body.hidden(tokens[:, :1], None).shape[-1]  # only the shape is used
-    return rows_at_once(model, context_length=tokens.shape[1], most=most, logits=logits)
+    return rows_at_once(body.model, context_length=tokens.shape[1], most=most, logits=logits)

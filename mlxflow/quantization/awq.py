@@ -40,7 +40,7 @@ def scale_and_clip(
     """Scale and clip the weights of a model's blocks, so that rounding them afterwards loses less of their outputs.
 
     Args:
-        model: dense, evaluated, in eval mode; weights and norms of its blocks are changed in place, with nearly the
+        model: dense, in eval mode; weights and norms of its blocks are changed in place, with nearly the
             same outputs.
         plan: module path to setting; other layers are scaled if they belong to a group, and not rounded.
         tokens: (R, L) ids to calibrate on; the activations of a block on all of them are held in memory.

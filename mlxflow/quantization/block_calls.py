@@ -83,6 +83,27 @@ def record_blocks(model: nn.Module, *, context_length: int, name: str) -> Record
     return RecordedPass([BlockCall(one.path, one.inputs[1:], one.named) for one in passes[0]], embed)
 
 
+def after_blocks(model: nn.Module, recorded: RecordedPass, hidden: mx.array, tokens: mx.array) -> mx.array:
+    """Return the lazy logits of a model, (B, L, V), whose blocks are left out.
+
+    Args:
+        model: its blocks need no weights.
+        recorded: the blocks.
+        hidden: outputs of the last one, (B, L, D).
+        tokens: (B, L) ids.
+    """
+    modules = dict(model.named_modules())
+
+    def passing(call: Any) -> Any:
+        return lambda self, x, *others, **named: hidden
+
+    with ExitStack() as stack:
+        for call in recorded.calls:
+            stack.enter_context(layer_method(modules[call.path], "__call__", passing, by=__name__))
+        logits: mx.array = model(tokens)
+    return logits
+
+
 def _recorded(model: nn.Module, blocks: list[nn.Module], tokens: mx.array) -> list[_Recorded]:
     """Return the calls of some blocks in a forward pass that is not evaluated."""
     paths = {id(module): path for path, module in model.named_modules()}

@@ -1,6 +1,7 @@
 """The plan of a model within a budget, by the method that will be used: its errors, and its measured plans."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -9,17 +10,18 @@ import mlx.nn as nn
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.dense_reference import Reference
 from mlxflow.evaluation.kl_divergence import measure_divergence
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages import terminal
 from mlxflow.quantization import bit_allocation, budget
 from mlxflow.quantization import plan as plans
-from mlxflow.quantization.codec import Packed, pack, unpack
+from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.dense_model import DenseModel
 from mlxflow.quantization.grids import first_grid, pack_on
-from mlxflow.quantization.layer_inputs import other_weights
+from mlxflow.quantization.layer_inputs import with_codes
 from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.quantization.scale_groups import in_fp32_on_cpu
+from mlxflow.quantization.scale_groups import in_fp32_on_cpu, loading_in_fp32_on_cpu
 from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
 from mlxflow.quantization.settings import Setting
 from mlxflow.report.stage_reports.quantize import BudgetFigures, BudgetPlanFigures
@@ -97,16 +99,15 @@ def allocate(
     plans_made = bit_allocation.plans_within(room, costs, asked, most_uniform=_UNIFORM.get(request.method, 1))
     ids, marks = calibration_rows(request, tokens, context, skips=request.calibration_rows)
     rows = Rows(numpy_of(ids), numpy_of(marks))
-    exact = dense.reopened()
+    reference = Reference.of(StreamedModel(loading_in_fp32_on_cpu(dense.reopened)))
     tried: list[_Tried] = []
     for name, layers in plans_made.items():
         own = dense._replace(model=dense.reopened())
         learned = learn_layers(request, own, layers, tokens, context, part=f"plan-{len(tried)}")
-        weights = dict(_weights(request, own.model, layers, learned.packed))
-        with other_weights(own.model, weights), in_fp32_on_cpu(exact), in_fp32_on_cpu(own.model):
-            measured = measure_divergence(
-                Reference.of(exact), own.model, rows, batch_size=_BATCH_SIZE, masks_documents=False
-            )
+        codes = learned.packed | _rounded_layers(request, dense.reopened(), layers, known=learned.packed)
+        with _reopening(request, own) as load:
+            rounded = StreamedModel(loading_in_fp32_on_cpu(with_codes(load, layers, codes)))
+            measured = measure_divergence(reference, rounded, rows, batch_size=_BATCH_SIZE, masks_documents=False)
         tried.append(_Tried(name, dict(layers), own, learned, measured.kl))
     best = min(tried, key=lambda one: one.divergence)
     figures = BudgetFigures(
@@ -132,15 +133,29 @@ def _described(figures: BudgetFigures, task: str) -> str:
     return f"{task}: divergence of the plans in nats: {shown}; {chosen.name} {verb}"
 
 
-def _weights(
-    request: QuantizationRequest, model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[str, Packed]
-) -> Iterator[tuple[str, mx.array]]:
-    """Yield the rounded weight of each layer of a plan."""
+@contextmanager
+def _reopening(request: QuantizationRequest, own: DenseModel) -> Iterator[Callable[[], nn.Module]]:
+    """Yield a function that returns a model with lazy weights: of "awq", the changed one, which is restored."""
+    if request.method != "awq":
+        yield own.reopened
+        return
+    before = own.model.parameters()
+    try:
+        yield lambda: own.model
+    finally:
+        own.model.update(before)
+
+
+def _rounded_layers(
+    request: QuantizationRequest, model: nn.Module, layers: Mapping[str, Setting], *, known: Mapping[str, Packed]
+) -> dict[str, Packed]:
+    """Return the codes of the layers without any, rounded one at a time; the model loses their weights."""
     dense = quantizable_layers(model)
-    for path, setting in layers.items():
-        weight = dense[path].weight
-        codes = packed.get(path) or _rounded(request.method, weight, setting)
-        yield path, unpack(codes, setting, weight.dtype)
+    return {
+        path: _rounded(request.method, dense.pop(path).pop("weight"), setting)
+        for path, setting in layers.items()
+        if path not in known
+    }
 
 
 def _rounded(method: str, weight: mx.array, setting: Setting) -> Packed:
@@ -202,7 +217,6 @@ def _codes(
     own = dense._replace(model=dense.reopened())
     setting = next(iter(layers.values()))
     if request.method == "qat" or (request.method == "dwq" and setting.bits >= _DWQ_BITS):
-        weights = quantizable_layers(own.model)
-        return own, {path: _rounded(request.method, weights[path].weight, one) for path, one in layers.items()}
+        return own, _rounded_layers(request, dense.reopened(), layers, known={})
     asked = request._replace(block_steps=0, scale_steps=0)
     return own, learn_layers(asked, own, layers, tokens, context, part=f"setting-{number}").packed

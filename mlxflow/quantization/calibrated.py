@@ -4,23 +4,25 @@ Each function returns the packed layers of a dense model and leaves the model de
 learn is refused by name; layers that it only rounds, such as embeddings, may have any setting.
 """
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages.errors import CallError
 from mlxflow.quantization.codec import Packed, narrowed, pack
+from mlxflow.quantization.gptq import GPTQ_BITS, compensated_layers
 from mlxflow.quantization.mlx_lm_patches import (
     dense_products,
-    following,
     numpy_random_kept,
     packed_layer,
+    packed_layers,
     quiet,
 )
 from mlxflow.quantization.plan import quantizable_layers
@@ -30,8 +32,6 @@ from mlxflow.storage.host_arrays import numpy_of
 
 #: Rows in a forward pass of the methods.
 BATCH_SIZE = 4
-
-_GPTQ_BITS = (2, 4, 8)
 
 # Scales that AWQ tries, as in mlx-lm
 _AWQ_STEPS = 20
@@ -63,38 +63,44 @@ def require_learnable(method: str, model: nn.Module, plan: Mapping[str, Setting]
 
 
 def learn(
-    method: str, model: nn.Module, plan: Mapping[str, Setting], tokens: mx.array, *, seed: int, key: str
+    method: str,
+    model: nn.Module,
+    load: Callable[[], nn.Module],
+    plan: Mapping[str, Setting],
+    tokens: mx.array,
+    *,
+    folder: Path,
+    seed: int,
+    key: str,
 ) -> dict[str, Packed]:
     """Return the packed layers that a method learns, with its default hyperparameters.
 
     Args:
         method: "gptq", "awq" or "dwq".
-        model: dense, in eval mode; see the function of the method.
+        model: dense, in eval mode, with lazy weights; "awq" changes it.
+        load: returns the same model with weights of its own; see the functions of the other methods.
         plan: module path to setting.
         tokens: (R, L + 1) ids to calibrate on.
+        folder: for the changed weights of "awq".
         seed: of the order of the rows.
         key: of the table with the settings, for messages.
 
     Raises:
         CallError: the method does not support the plan, or there are too few rows.
     """
-    mx.eval(model.parameters(), tokens)
-    packed = _learned(method, model, plan, tokens, seed=seed, key=key)
+    mx.eval(tokens)
+    if method == "gptq":
+        packed = gptq(load, plan, tokens[:, :-1], batch_size=BATCH_SIZE, key=key)
+    elif method == "awq":
+        packed = awq(model, plan, tokens[:, :-1], search_steps=_AWQ_STEPS, folder=folder, key=key)
+    else:
+        rate = _DWQ_LEARNING_RATE
+        packed = dwq(load, plan, tokens, batch_size=BATCH_SIZE, learning_rate=rate, seed=seed, key=key)
     return {path: narrowed(packed.pop(path), plan[path]) for path in list(packed)}
 
 
-def _learned(
-    method: str, model: nn.Module, plan: Mapping[str, Setting], tokens: mx.array, *, seed: int, key: str
-) -> dict[str, Packed]:
-    if method == "gptq":
-        return gptq(model, plan, tokens[:, :-1], batch_size=BATCH_SIZE, key=key)
-    if method == "awq":
-        return awq(model, plan, tokens[:, :-1], search_steps=_AWQ_STEPS, key=key)
-    return dwq(model, plan, tokens, batch_size=BATCH_SIZE, learning_rate=_DWQ_LEARNING_RATE, seed=seed, key=key)
-
-
 def gptq(
-    model: nn.Module, plan: Mapping[str, Setting], tokens: mx.array, *, batch_size: int, key: str
+    load: Callable[[], nn.Module], plan: Mapping[str, Setting], tokens: mx.array, *, batch_size: int, key: str
 ) -> dict[str, Packed]:
     """Return layers whose codes compensate each other's errors (GPTQ; Frantar et al. 2022, arXiv:2210.17323).
 
@@ -102,7 +108,7 @@ def gptq(
     are rounded if GPTQ does not support their setting; embeddings are always rounded.
 
     Args:
-        model: dense, evaluated, in eval mode; unchanged.
+        load: returns the dense model in eval mode, with lazy weights of its own; those of a finished block are removed.
         plan: module path to setting; layers that are not in it stay dense.
         tokens: (R, L) ids to calibrate on.
         batch_size: rows in a forward pass.
@@ -112,24 +118,16 @@ def gptq(
         CallError: mlx-lm's function does not support the plan, cannot invert the Hessian of a layer, or returns codes
             that are not finite.
     """
-    from mlx_lm.quant.gptq import gptq_quantize
-
-    require_learnable("gptq", model, plan, key=key)
-    packed: dict[str, Packed] = {}
-    for setting, paths in _by_setting(model, plan).items():
-        own = dict.fromkeys(paths, setting)
-        with following(model, own, free=set(paths), hides=True), quiet():
-            try:
-                bits, group_size = setting.bits, setting.group_size
-                gptq_quantize(model, tokens, bits, group_size, bits, group_size, batch_size)
-            except (RuntimeError, ValueError) as error:
-                if "cholesky" not in str(error).lower():
-                    raise
-                raise CallError(f"{_named('gptq', key)}: {error}. {_MORE_ROWS}") from error
-            packed |= _packed_layers(model, own)
-    _require_finite(packed, _named("gptq", key))
-    layers = quantizable_layers(model)
-    return packed | {path: pack(layers[path].weight, setting) for path, setting in plan.items() if path not in packed}
+    name = _named("gptq", key)
+    require_learnable("gptq", load(), plan, key=key)
+    packed = compensated_layers(load, plan, tokens, batch_size=batch_size, name=name)
+    _require_finite(packed, name)
+    layers = quantizable_layers(load())
+    for path, setting in plan.items():
+        if path not in packed:
+            packed[path] = pack(layers.pop(path).weight, setting)
+            mx.eval(packed[path])
+    return packed
 
 
 def awq(
@@ -138,6 +136,7 @@ def awq(
     tokens: mx.array,
     *,
     search_steps: int,
+    folder: Path,
     key: str,
 ) -> dict[str, Packed]:
     """Return layers after activation-aware scaling and clipping (AWQ; Lin et al. 2023, arXiv:2306.00978).
@@ -146,10 +145,11 @@ def awq(
     dense weights of the model absorb the scales: save the changed model.
 
     Args:
-        model: dense, evaluated, in eval mode; norms and weights of its blocks are changed in place.
+        model: dense, in eval mode; norms and weights of its blocks are changed in place, and then lie in files.
         plan: module path to setting; layers that are not in it stay dense.
         tokens: (R, L) ids to calibrate on; the activations of a block on all of them are held in memory.
         search_steps: number of scales to try for each group of layers.
+        folder: for the files, which the model reads when its weights are used.
         key: of the table with the settings, for messages.
 
     Raises:
@@ -158,16 +158,34 @@ def awq(
     from mlxflow.quantization.awq import scale_and_clip
 
     require_learnable("awq", model, plan, key=key)
+    modules, packed = dict(model.named_modules()), {}
     with show_layers(key, len(model.layers)) as watch:
-        scale_and_clip(model, plan, tokens, search_steps=search_steps, watch=watch)
-    layers = quantizable_layers(model)
-    packed = {path: pack(layers[path].weight, setting) for path, setting in plan.items()}
-    mx.eval(packed)
+
+        def finished(block: str) -> None:
+            for path in (path for path in plan if path.startswith(f"{block}.")):
+                packed[path] = pack(modules[path].weight, plan[path])
+                mx.eval(packed[path])
+            _store(modules[block], folder / f"scaled-{block}.safetensors")
+            watch(block)
+
+        scale_and_clip(model, plan, tokens, search_steps=search_steps, watch=finished)
+    for path in (path for path in plan if path not in packed):
+        packed[path] = pack(modules[path].weight, plan[path])
+        mx.eval(packed[path])
     return packed
 
 
+def _store(block: nn.Module, file: Path) -> None:
+    """Write the weights of a block into a file, from which they are read when they are used."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(file), dict(tree_flatten(block.parameters())))
+    unread: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+    block.update(tree_unflatten(list(unread.items())))
+    mx.clear_cache()
+
+
 def dwq(
-    model: nn.Module,
+    load: Callable[[], nn.Module],
     plan: Mapping[str, Setting],
     tokens: mx.array,
     *,
@@ -178,10 +196,11 @@ def dwq(
 ) -> dict[str, Packed]:
     """Return layers whose scales and biases are trained to reproduce the dense model's logits (DWQ).
 
-    Affine layers with less than 8 bits are trained for one pass over the rows; the others are rounded.
+    Affine layers with less than 8 bits are trained for one pass over the rows; the others are rounded. The quantized
+    model is in memory as a whole; of the dense one, a block at a time is.
 
     Args:
-        model: dense, evaluated, in eval mode; unchanged.
+        load: returns the dense model in eval mode, with lazy weights of its own.
         plan: module path to setting.
         tokens: (R, L + 1) ids to calibrate on; R at least twice the batch size; the last batch is for validation.
         batch_size: rows in a step.
@@ -195,19 +214,21 @@ def dwq(
     from mlx_lm.quant.dwq import dwq_quantize
 
     name = _named("dwq", key)
-    require_learnable("dwq", model, plan, key=key)
+    teacher = StreamedModel(load)
+    require_learnable("dwq", teacher.model, plan, key=key)
     if len(tokens) < 2 * batch_size:
         raise CallError(
             f"{name}: needs {2 * batch_size} calibration rows, two batches, and has {len(tokens)}. "
             "Raise calibration_rows."
         )
-    student = _rounded_copy(model, plan)
-    dtype = next(layer.weight.dtype for path, layer in quantizable_layers(model).items() if path in plan)
+    layers = quantizable_layers(teacher.model)
+    dtype = next(layer.weight.dtype for path, layer in layers.items() if path in plan)
+    student = _rounded(load(), plan)
     rows = [(row, 0) for row in numpy_of(tokens).tolist()]
     with numpy_random_kept(), dense_products(student), quiet():
         dwq_quantize(
             student,
-            lambda batch, _, split: model(batch),
+            lambda batch, _, split: teacher.logits(batch),
             optim.Adam(learning_rate=learning_rate, bias_correction=True),
             rows[:-batch_size],
             rows[-batch_size:],
@@ -216,16 +237,18 @@ def dwq(
             seed=seed,
             dtype=dtype,
         )
-    return _packed_layers(student, plan)
+    return packed_layers(student, plan)
 
 
-def _rounded_copy(model: nn.Module, plan: Mapping[str, Setting]) -> nn.Module:
-    """Return a frozen copy of a model with the layers of a plan rounded."""
-    student = copy.deepcopy(model)
-    layers = quantizable_layers(student)
-    student.update_modules(tree_unflatten([(path, packed_layer(layers[path], plan[path])) for path in plan]))
-    student.freeze()
-    return student
+def _rounded(model: nn.Module, plan: Mapping[str, Setting]) -> nn.Module:
+    """Return a model, frozen, with the layers of a plan rounded one after the other."""
+    layers = quantizable_layers(model)
+    for path, setting in plan.items():
+        layer = packed_layer(layers.pop(path), setting)
+        mx.eval(layer.parameters())
+        model.update_modules(tree_unflatten([(path, layer)]))
+    model.freeze()
+    return model
 
 
 def choose_rows(marks: Any, *, count: int, seed: int) -> Any:
@@ -251,23 +274,6 @@ def _inside_blocks(model: nn.Module) -> set[str]:
     return {path for path, module in model.named_modules() if id(module) in ids}
 
 
-def _by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Setting, list[str]]:
-    """Return the layers that GPTQ learns, by their settings."""
-    from mlx_lm.models.switch_layers import SwitchLinear
-
-    paths: dict[Setting, list[str]] = {}
-    for path, layer in quantizable_layers(model).items():
-        setting = plan.get(path)
-        if (
-            setting
-            and type(layer) in (nn.Linear, SwitchLinear)
-            and setting.mode == "affine"
-            and setting.bits in _GPTQ_BITS
-        ):
-            paths.setdefault(setting, []).append(path)
-    return paths
-
-
 def _check_gptq(model: nn.Module, plan: Mapping[str, Setting], name: str) -> None:
     from mlx_lm.models.switch_layers import SwitchLinear
 
@@ -275,7 +281,7 @@ def _check_gptq(model: nn.Module, plan: Mapping[str, Setting], name: str) -> Non
     for path in (path for path in plan if path in inside and type(layers[path]) in (nn.Linear, SwitchLinear)):
         if plan[path].mode != "affine":
             raise CallError(f'{name}: learns affine layers, and {path} is {plan[path].mode}. Set mode = "affine".')
-        if plan[path].bits not in _GPTQ_BITS:
+        if plan[path].bits not in GPTQ_BITS:
             raise CallError(
                 f"{name}: mlx-lm's GPTQ has 2, 4 and 8 bits, and {path} has {plan[path].bits}. Use one of them."
             )
@@ -300,10 +306,3 @@ def _require_finite(packed: Mapping[str, Packed], name: str) -> None:
     for path, parts in packed.items():
         if not all(mx.isfinite(part).all().item() for part in (parts.scales, parts.biases) if part is not None):
             raise CallError(f"{name}: {path} has scales or biases that are not finite. {_MORE_ROWS}")
-
-
-def _packed_layers(model: nn.Module, plan: Mapping[str, Setting]) -> dict[str, Packed]:
-    modules = dict(model.named_modules())
-    packed = {path: Packed(modules[path].weight, modules[path].scales, modules[path].get("biases")) for path in plan}
-    mx.eval(packed)
-    return packed

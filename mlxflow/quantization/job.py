@@ -170,7 +170,7 @@ def _write(
             file=outputs.model,
             metadata={"format": "mlx"} | tensor_writing.provenance_metadata(context.provenance),
             packed=lambda path: packed.pop(path, None),
-            stored=dense.stored if request.method in ("rtn", "block") else {},
+            stored=dense.stored if request.method != "awq" and request.training is None else {},
             source=str(dense.folder),
             watch=watch,
         )

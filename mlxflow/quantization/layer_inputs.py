@@ -8,6 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops.patching import layer_method
+from mlxflow.quantization.codec import Packed, unpack
+from mlxflow.quantization.settings import Setting
 
 
 def input_products(
@@ -66,6 +68,27 @@ def other_weights(model: nn.Module, weights: Mapping[str, mx.array]) -> Iterator
     finally:
         for path, weight in dense.items():
             modules[path].weight = weight
+
+
+def with_codes(
+    load: Callable[[], nn.Module], plan: Mapping[str, Setting], packed: Mapping[str, Packed]
+) -> Callable[[], nn.Module]:
+    """Return a function that loads a dense model whose layers have the lazy weights of some codes.
+
+    Args:
+        load: returns the dense model, with lazy weights of its own.
+        plan: module path to setting.
+        packed: codes of its layers by path.
+    """
+
+    def loaded() -> nn.Module:
+        model = load()
+        modules = dict(model.named_modules())
+        for path, setting in plan.items():
+            modules[path].weight = unpack(packed[path], setting, modules[path].weight.dtype)
+        return model
+
+    return loaded
 
 
 def remove_weights(block: nn.Module) -> None:

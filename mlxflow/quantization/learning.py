@@ -69,7 +69,16 @@ def learn_layers(
         return LearnedLayers({}, [], None, None)
     rows, _ = calibration_rows(request, tokens, context)
     seed = derive_seed(context.seed, "quantize.rows")
-    packed = calibrated.learn(request.method, dense.model, layers, rows.astype(mx.int32), seed=seed, key=context.task)
+    packed = calibrated.learn(
+        request.method,
+        dense.model,
+        dense.reopened,
+        layers,
+        rows.astype(mx.int32),
+        folder=context.unfinished / part if part else context.unfinished,
+        seed=seed,
+        key=context.task,
+    )
     return LearnedLayers(packed, [], None, None)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlxflow.ops import patching
-from mlxflow.quantization.codec import pack
+from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import Setting
 
@@ -25,6 +25,14 @@ def packed_layer(layer: nn.Module, setting: Setting) -> nn.Module:
     if setting.mode == "symmetric":
         quantized.weight, quantized.scales, quantized.biases = pack(layer.weight, setting)
     return quantized
+
+
+def packed_layers(model: nn.Module, plan: Mapping[str, Setting]) -> dict[str, Packed]:
+    """Return the codes of the quantized layers of a plan, evaluated."""
+    modules = dict(model.named_modules())
+    packed = {path: Packed(modules[path].weight, modules[path].scales, modules[path].get("biases")) for path in plan}
+    mx.eval(packed)
+    return packed
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ compensated for both uses: lookups take every column alike.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import mlx.core as mx
@@ -13,8 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxflow.ops.patching import layer_method
-from mlxflow.quantization.block_calls import record_blocks
+from mlxflow.quantization.block_calls import after_blocks, record_blocks
 from mlxflow.quantization.codec import Packed, unpack
 from mlxflow.quantization.error_compensation import Compensation
 from mlxflow.quantization.grids import first_grid, nearest, pack_on
@@ -92,16 +90,8 @@ def _head_inputs(model: nn.Module, paths: list[str], tokens: NDArray[Any], *, na
         hidden = mx.concatenate([call(block, hidden[row : row + 1]) for row in range(len(hidden))])
         mx.eval(hidden)
         remove_weights(block)
-    blocks = [modules[call.path] for call in recorded.calls]
 
-    def tail(begin: int, end: int) -> mx.array:
-        def passing(call: Any) -> Any:
-            return lambda self, x, *others, **named: hidden[begin:end]
-
-        with ExitStack() as stack:
-            for block in blocks:
-                stack.enter_context(layer_method(block, "__call__", passing, by=__name__))
-            logits: mx.array = model(mx.array(tokens[begin:end].astype(np.int32)))
-        return logits  # not evaluated: only the inputs of the layers are
+    def tail(begin: int, end: int) -> mx.array:  # not evaluated: only the inputs of the layers are
+        return after_blocks(model, recorded, hidden[begin:end], mx.array(tokens[begin:end].astype(np.int32)))
 
     return input_products(model, paths, tail, [(row, row + 1) for row in range(len(hidden))])

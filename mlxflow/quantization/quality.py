@@ -11,6 +11,7 @@ from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.device import compute_device
 from mlxflow.evaluation.dense_reference import cached_reference
 from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure_divergence
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages.errors import StageError
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
@@ -69,9 +70,9 @@ def measure_quality(
         StageError: a limit is exceeded (names the worst layers), or a result is not finite.
     """
     task = context.task
-    model = quantized_layers.for_evaluation(model_folder.load(context.folder, lazy=True)[0])
+    model = StreamedModel(lambda: quantized_layers.for_evaluation(model_folder.load(context.folder, lazy=True)[0]))
     rows = validation.rows.head(limits.max_rows)
-    masks = document_mask.masks_conversations(model, validation)
+    masks = document_mask.masks_conversations(model.model, validation)
     cache_folder = context.state / _KEPT_FOLDER
     with watched_rows(task, "measuring the dense model", rows) as watched:
         reference = cached_reference(
@@ -93,7 +94,7 @@ def measure_quality(
         )
     problems = list(_exceeded(limits, divergence, task))
     if problems:
-        worst = _worst_layers(_open_dense(dense), model, layers, rows, masks=masks)
+        worst = _worst_layers(_open_dense(dense), model.model, layers, rows, masks=masks)
         raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
     return _figures(divergence, texts)
 

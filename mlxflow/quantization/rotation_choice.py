@@ -1,5 +1,6 @@
 """Choose a rotation for a quantization: the best of several, if the rounded model loses less with it."""
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -9,11 +10,14 @@ import mlx.nn as nn
 from mlxflow.data.token_file import Rows
 from mlxflow.evaluation.dense_reference import Reference
 from mlxflow.evaluation.kl_divergence import measure_divergence
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import CallError
-from mlxflow.quantization.codec import round_trip
+from mlxflow.quantization.codec import Packed, pack
+from mlxflow.quantization.layer_inputs import with_codes
+from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.rotations import Obstacles, Rotation, logits_difference, obstacles
-from mlxflow.quantization.scale_groups import in_fp32_on_cpu
+from mlxflow.quantization.scale_groups import loading_in_fp32_on_cpu
 from mlxflow.quantization.settings import Setting
 from mlxflow.report.stage_reports.quantize import RotationFigures
 
@@ -75,14 +79,12 @@ def choose_rotation(
     Raises:
         CallError: nothing can be rotated, or a rotation changes the logits.
     """
-    dense = load()
-    found = require_rotatable(dense, name=name)
+    found = require_rotatable(load(), name=name)
     parts = {"R1": not found.residual, "R2": not found.heads}
     rotations = [Rotation(seed + number, parts["R1"], parts["R2"]) for number in range(count)]
     difference = _checked(load, rotations[0], rows, name=name)
-    with in_fp32_on_cpu(dense):
-        reference = Reference.of(dense)
-        without, *losses = (_divergence(reference, load(), plan, one, rows) for one in (None, *rotations))
+    reference = Reference.of(StreamedModel(loading_in_fp32_on_cpu(load)))
+    without, *losses = (_divergence(reference, load, plan, one, rows) for one in (None, *rotations))
     best = min(range(count), key=losses.__getitem__)
     is_kept = losses[best] < without
     figures = RotationFigures(
@@ -100,17 +102,35 @@ def choose_rotation(
 
 
 def _divergence(
-    reference: Reference, model: nn.Module, plan: Mapping[str, Setting], rotation: Rotation | None, rows: Rows
+    reference: Reference,
+    load: Callable[[], nn.Module],
+    plan: Mapping[str, Setting],
+    rotation: Rotation | None,
+    rows: Rows,
 ) -> float:
     """Return the divergence of a model, rotated or not and rounded to nearest, from the dense one in nats."""
-    if rotation is not None:
-        rotation.apply(model)
-    modules = dict(model.named_modules())
+    model = _rotated(load, rotation)()
+    layers = quantizable_layers(model)
+    codes: dict[str, Packed] = {}
     for path, setting in plan.items():
-        modules[path].weight = round_trip(modules[path].weight, setting)
-        mx.eval(modules[path].weight)
-    with in_fp32_on_cpu(model):
-        return measure_divergence(reference, model, rows, batch_size=_BATCH_SIZE, masks_documents=False).kl
+        codes[path] = pack(layers[path].weight, setting)
+        mx.eval(codes[path])
+        layers.pop(path).pop("weight")
+    rounded = StreamedModel(loading_in_fp32_on_cpu(with_codes(_rotated(load, rotation), plan, codes)))
+    lost = measure_divergence(reference, rounded, rows, batch_size=_BATCH_SIZE, masks_documents=False).kl
+    del rounded, codes
+    gc.collect()  # codes in reference cycles, before the next rotation has its own
+    return lost
+
+
+def _rotated(load: Callable[[], nn.Module], rotation: Rotation | None) -> Callable[[], nn.Module]:
+    def loaded() -> nn.Module:
+        model = load()
+        if rotation is not None:
+            rotation.apply(model)
+        return model
+
+    return loaded
 
 
 def _described(figures: RotationFigures, task: str) -> str:
@@ -128,13 +148,16 @@ def _checked(load: Callable[[], nn.Module], rotation: Rotation, rows: Rows, *, n
     Raises:
         CallError: it is more than rounding.
     """
-    models = [load(), load()]
-    for model in models:
+
+    def exact() -> nn.Module:
+        model = load()
         model.set_dtype(mx.float32)
-    rotation.apply(models[1])
+        return model
+
+    dense, rotated = StreamedModel(exact), StreamedModel(_rotated(exact, rotation))
     tokens = mx.array(rows.tokens[:1, : min(_CHECKED_TOKENS, rows.tokens.shape[1] - 1)].astype("int32"))
-    difference = logits_difference(models[0], models[1], tokens)
+    difference = logits_difference(dense.logits, rotated.logits, tokens)
     if not difference <= _TOLERANCE:
-        kind = type(models[0]).__module__.rpartition(".")[2]
+        kind = type(dense.model).__module__.rpartition(".")[2]
         raise CallError(f"{name}: a rotation changes the logits of {kind} by {difference:.2g}. Set rotations = 0.")
     return difference

@@ -7,8 +7,8 @@ neighbouring weights and cost nothing at run time (QuaRot, Ashkboos et al. 2024,
 2024, arXiv:2405.16406). The matrices are random Hadamard matrices.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -223,13 +223,15 @@ def _rotate_heads(attention: Any, matrix: mx.array) -> None:
     output.weight = columns.reshape(output.weight.shape).astype(output.weight.dtype)
 
 
-def logits_difference(dense: nn.Module, rotated: nn.Module, tokens: mx.array) -> float:
+def logits_difference(
+    dense: Callable[[mx.array], mx.array], rotated: Callable[[mx.array], mx.array], tokens: mx.array
+) -> float:
     """Return the largest difference of two models' logits, by the largest logit if that is over 1.
 
     Args:
-        dense: in fp32.
-        rotated: in fp32.
+        dense: the model in fp32; maps (B, L) ids to (B, L, V) logits.
+        rotated: the same for the rotated one.
         tokens: (B, L) ids.
     """
-    exact, other = (cast("mx.array", one(tokens)).astype(mx.float32) for one in (dense, rotated))
+    exact, other = (one(tokens).astype(mx.float32) for one in (dense, rotated))
     return float(mx.abs(exact - other).max()) / max(1.0, float(mx.abs(exact).max()))

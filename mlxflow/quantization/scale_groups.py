@@ -237,6 +237,18 @@ def in_fp32_on_cpu(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def loading_in_fp32_on_cpu(load: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Return a function that loads a model, lazily cast to fp32 on the CPU; see `in_fp32_on_cpu`."""
+
+    def loaded() -> nn.Module:
+        model = load()
+        if mx.default_device() == mx.cpu:
+            model.update(cast_to(mx.float32, model.parameters()))
+        return model
+
+    return loaded
+
+
 @contextmanager
 def in_fp32(block: nn.Module) -> Iterator[None]:
     """Cast the arrays of a module to fp32 until the block ends."""

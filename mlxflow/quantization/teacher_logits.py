@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from mlxflow.data.token_file import Rows
 from mlxflow.evaluation.dense_reference import remove_oldest
 from mlxflow.evaluation.model_body import Body
-from mlxflow.evaluation.positions import rows_for
+from mlxflow.evaluation.positions import all_positions, grouped, hidden_states_of, rows_for
 from mlxflow.evaluation.slices import positions_at_once
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.report.stage_reports.quantize import TeacherFigures
 from mlxflow.storage import temporary_files
 from mlxflow.storage.tensor_reading import map_tensor
@@ -91,7 +92,7 @@ def cached_teacher(
     """Return a dense model's likeliest next tokens from a file; if it is not there, compute and write it.
 
     Args:
-        load: returns the dense model in eval mode.
+        load: returns the dense model in eval mode, with lazy weights of its own; see `StreamedModel`.
         rows: of tokens.
         masks_documents: no token attends to another document in its row.
         num_likeliest: K.
@@ -100,7 +101,7 @@ def cached_teacher(
     """
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(file, load(), rows, num_likeliest, masks_documents=masks_documents, metadata=metadata)
+        _write(file, StreamedModel(load), rows, num_likeliest, masks_documents=masks_documents, metadata=metadata)
         remove_oldest(file.parent)
     file.touch()  # for `remove_oldest`
     return TeacherLogits(file, *(map_tensor(file, name) for name in ("ids", "logs", "rest")))
@@ -119,7 +120,7 @@ def teacher_bytes(num_tokens: int, *, num_likeliest: int, vocab_size: int) -> in
 
 def _write(
     file: Path,
-    model: nn.Module,
+    model: StreamedModel,
     rows: Rows,
     num_likeliest: int,
     *,
@@ -128,7 +129,7 @@ def _write(
 ) -> None:
     num_rows, length = rows.num_rows, rows.tokens.shape[1] - 1
     body = Body.of(model)
-    at_once = rows_for(model, body, rows, _ROWS_AT_ONCE)
+    at_once = rows_for(body, rows, _ROWS_AT_ONCE)
     vocab_size = body.logits(body.hidden(mx.array(rows.tokens[:1, :1].astype(np.int32)), None)[0]).shape[-1]
     count = min(num_likeliest, vocab_size)
     kind = mx.uint16 if vocab_size <= _NARROW_IDS else mx.uint32
@@ -137,13 +138,8 @@ def _write(
     temporary = temporary_files.beside(file)
     entries = {"ids": (kind, shape), "logs": (mx.float16, shape), "rest": (mx.float16, shape[:2])}
     with TensorFile(temporary, entries, metadata) as out:
-        for begin in range(0, num_rows, at_once):
-            tokens, marks = rows.batch(begin, begin + at_once)
-            hidden = body.hidden(
-                mx.array(tokens[:, :-1].astype(np.int32)), mx.array(marks[:, :-1]) if masks_documents else None
-            )
-            hidden = hidden.reshape(-1, hidden.shape[-1])
-            mx.eval(hidden)
+        found = all_positions(rows, at_once=at_once, masks_documents=masks_documents)
+        for hidden in (one for some in grouped([body], found) for one in hidden_states_of(body, some)):
             rest = []
             for first in range(0, len(hidden), step):
                 ids, logs, other = _likeliest(body.logits(hidden[first : first + step]), count)

@@ -1,4 +1,6 @@
+import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from benchmarks.architecture_configs import config_of
 from mlxflow.messages.errors import CallError
+from mlxflow.models import model_folder
 from mlxflow.quantization import codec
+from mlxflow.quantization import gptq as gptq_blocks
 from mlxflow.quantization.calibrated import awq, choose_rows, dwq, gptq
 from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.settings import Setting
@@ -39,10 +44,13 @@ def _plan(model: nn.Module, setting: Setting, **others: Setting | None) -> dict[
 
 def _learn(method: str, model: nn.Module, plan: dict[str, Setting]) -> dict[str, Packed]:
     if method == "gptq":
-        return gptq(model, plan, TOKENS[:, :-1], batch_size=4, key="quantize")
+        return gptq(lambda: copy.deepcopy(model), plan, TOKENS[:, :-1], batch_size=4, key="quantize")
     if method == "awq":
-        return awq(model, plan, TOKENS[:, :-1], search_steps=4, key="quantize")
-    return dwq(model, plan, TOKENS, batch_size=2, learning_rate=1e-4, seed=0, key="quantize")
+        with tempfile.TemporaryDirectory() as folder:
+            packed = awq(model, plan, TOKENS[:, :-1], search_steps=4, folder=Path(folder), key="quantize")
+            mx.eval(model.parameters())
+            return packed
+    return dwq(lambda: copy.deepcopy(model), plan, TOKENS, batch_size=2, learning_rate=1e-4, seed=0, key="quantize")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "dwq"])
@@ -152,9 +160,13 @@ def test_codes_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, 
 
     def spoilt(model: nn.Module, *arguments: Any) -> Any:
         made = plain(model, *arguments)
-        layer = dict(model.named_modules())["model.layers.1.mlp.up_proj"]
-        setattr(layer, spoilt_part, getattr(layer, spoilt_part) * float("nan"))
+        calls.append(model)
+        if len(calls) == 2:  # of the second block
+            layer = dict(model.named_modules())["part.mlp.up_proj"]
+            setattr(layer, spoilt_part, getattr(layer, spoilt_part) * float("nan"))
         return made
+
+    calls: list[nn.Module] = []
 
     monkeypatch.setattr(theirs, "gptq_quantize", spoilt)
     model, _ = _llama()
@@ -164,6 +176,26 @@ def test_codes_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, 
         'quantize.method = "gptq": model.layers.1.mlp.up_proj has scales or biases that are not finite. '
         "Calibrate on more rows (calibration_rows)."
     )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
+def test_gptq_by_blocks_gives_the_codes_of_the_whole_model_at_once(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: nn.Module, **_: Any) -> Any:
+        raise CallError("learned as a whole")
+
+    changes = {} if architecture == "gemma3_text" else {"tie_word_embeddings": False}
+    model = model_folder.build(config_of(architecture) | changes, seed=0)
+    model.eval()
+    plan = _plan(model, FOUR, down_proj=Setting("affine", 8, 32))
+    by_blocks = _learn("gptq", model, plan)
+    monkeypatch.setattr(gptq_blocks, "record_blocks", refused)
+    whole = _learn("gptq", model, plan)
+    assert by_blocks.keys() == whole.keys()
+    for path, codes in whole.items():
+        for own, part in codes._asdict().items():
+            assert mx.array_equal(getattr(by_blocks[path], own), part), f"{path}.{own}"
 
 
 def test_symmetric_embeddings_keep_their_zero_point() -> None:
@@ -179,7 +211,15 @@ def test_dwq_comes_nearer_to_the_dense_logits_and_leaves_numpys_random_state() -
     wanted = mx.array(model(TOKENS))
     np.random.seed(7)
     state = repr(np.random.get_state())
-    packed = dwq(model, plan, mx.tile(TOKENS, (8, 1)), batch_size=4, learning_rate=1e-3, seed=0, key="quantize")
+    packed = dwq(
+        lambda: copy.deepcopy(model),
+        plan,
+        mx.tile(TOKENS, (8, 1)),
+        batch_size=4,
+        learning_rate=1e-3,
+        seed=0,
+        key="quantize",
+    )
     assert repr(np.random.get_state()) == state
     dense = {path: dict(model.named_modules())[path].weight for path in plan}
     lost = []
@@ -234,7 +274,7 @@ def test_bits_that_a_method_does_not_have_are_refused(method: str, setting: Sett
 def test_too_few_rows_are_refused() -> None:
     model, _ = _llama()
     with pytest.raises(CallError) as caught:
-        dwq(model, _plan(model, FOUR), TOKENS, batch_size=5, learning_rate=1e-4, seed=0, key="quantize")
+        dwq(lambda: model, _plan(model, FOUR), TOKENS, batch_size=5, learning_rate=1e-4, seed=0, key="quantize")
     assert str(caught.value) == (
         'quantize.method = "dwq": needs 10 calibration rows, two batches, and has 8. Raise calibration_rows.'
     )

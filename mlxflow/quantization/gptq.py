@@ -1,0 +1,160 @@
+"""GPTQ by mlx-lm's function, one block after the other: memory holds one block and the hidden states of all rows.
+
+mlx-lm's function takes a whole model. The inputs of every layer are those of the dense model, so each block can be
+given to it as a model of its own, with the dense model's hidden states as its rows: the codes are the same.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlxflow.messages.errors import CallError
+from mlxflow.quantization.block_calls import RecordedPass, after_blocks, record_blocks
+from mlxflow.quantization.codec import Packed
+from mlxflow.quantization.layer_inputs import remove_weights
+from mlxflow.quantization.mlx_lm_patches import following, packed_layers, quiet
+from mlxflow.quantization.plan import quantizable_layers
+from mlxflow.quantization.settings import Setting
+
+#: Bits that mlx-lm's function has.
+GPTQ_BITS = (2, 4, 8)
+
+
+def compensated_layers(
+    load: Callable[[], nn.Module], plan: Mapping[str, Setting], tokens: mx.array, *, batch_size: int, name: str
+) -> dict[str, Packed]:
+    """Return the layers of a plan that GPTQ learns.
+
+    A model whose blocks do not each take the output of the one before is learned as a whole, and held in memory.
+
+    Args:
+        load: returns the dense model in eval mode, with lazy weights of its own.
+        plan: module path to setting.
+        tokens: (R, L) ids to calibrate on.
+        batch_size: rows in a forward pass.
+        name: of the setting, for messages.
+
+    Raises:
+        CallError: the Hessian of a layer has no inverse.
+    """
+    model = load()
+    try:
+        recorded = record_blocks(model, context_length=tokens.shape[1], name=name)
+    except CallError:
+        return _learned(model, plan, tokens, batch_size=batch_size, name=name)
+    packed: dict[str, Packed] = {}
+    modules = dict(model.named_modules())
+    hidden = recorded.embed(tokens)
+    mx.eval(hidden)
+    for call in recorded.calls:
+        block, prefix = modules[call.path], f"{call.path}."
+        own = {
+            f"part.{path.removeprefix(prefix)}": setting for path, setting in plan.items() if path.startswith(prefix)
+        }
+        learned = _learned(_Part(block, call.__call__), own, hidden, batch_size=batch_size, name=name)
+        packed |= {prefix + path.removeprefix("part."): codes for path, codes in learned.items()}
+        parts = []
+        for begin in range(0, len(hidden), batch_size):
+            parts.append(call(block, hidden[begin : begin + batch_size]))
+            mx.eval(parts[-1])
+        hidden = mx.concatenate(parts)
+        mx.eval(hidden)
+        remove_weights(block)
+        mx.clear_cache()
+    return packed | _learned_outside(model, recorded, plan, (tokens, hidden), batch_size=batch_size, name=name)
+
+
+def learned_by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Setting, list[str]]:
+    """Return the paths of the layers that GPTQ learns, by their settings."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    paths: dict[Setting, list[str]] = {}
+    for path, layer in quantizable_layers(model).items():
+        setting = plan.get(path)
+        if (
+            setting
+            and type(layer) in (nn.Linear, SwitchLinear)
+            and setting.mode == "affine"
+            and setting.bits in GPTQ_BITS
+        ):
+            paths.setdefault(setting, []).append(path)
+    return paths
+
+
+class _Part(nn.Module):  # type: ignore[misc]
+    """A part of a model as a model of its own.
+
+    Args:
+        part: holds the layers.
+        run: computes the part on rows of its own inputs.
+    """
+
+    def __init__(self, part: Any, run: Callable[[Any, mx.array], mx.array]) -> None:
+        super().__init__()
+        self.part = part
+        self._run = run
+
+    def __call__(self, rows: mx.array) -> mx.array:
+        return self._run(self.part, rows)
+
+
+def _learned(
+    model: nn.Module, plan: Mapping[str, Setting], rows: mx.array, *, batch_size: int, name: str
+) -> dict[str, Packed]:
+    """Return the layers of a model that GPTQ learns from rows, (R, ...), that the model takes."""
+    from mlx_lm.quant.gptq import gptq_quantize
+
+    packed: dict[str, Packed] = {}
+    for setting, paths in learned_by_setting(model, plan).items():
+        own = dict.fromkeys(paths, setting)
+        with following(model, own, free=set(paths), hides=True), quiet():
+            try:
+                bits, group_size = setting.bits, setting.group_size
+                gptq_quantize(model, rows, bits, group_size, bits, group_size, batch_size)
+            except (RuntimeError, ValueError) as error:
+                if "cholesky" not in str(error).lower():
+                    raise
+                raise CallError(f"{name}: {error}. Calibrate on more rows (calibration_rows).") from error
+            packed |= packed_layers(model, own)
+    return packed
+
+
+def _learned_outside(
+    model: nn.Module,
+    recorded: RecordedPass,
+    plan: Mapping[str, Setting],
+    inputs: tuple[mx.array, mx.array],
+    *,
+    batch_size: int,
+    name: str,
+) -> dict[str, Packed]:
+    """Return the layers after the blocks that GPTQ learns, such as the head.
+
+    Args:
+        model: its blocks have no weights any more.
+        recorded: the blocks.
+        plan: module path to setting.
+        inputs: (R, L) ids, and the outputs of the last block, (R, L, D).
+        batch_size: rows in a forward pass.
+        name: of the setting, for messages.
+    """
+    tokens, hidden = inputs
+    prefixes = tuple(f"{call.path}." for call in recorded.calls)
+    outside = {path: setting for path, setting in plan.items() if not path.startswith(prefixes)}
+    paths = [path for some in learned_by_setting(model, outside).values() for path in some]
+    if not paths:
+        return {}
+    modules = dict(model.named_modules())
+
+    def run(layers: Sequence[nn.Module], rows: mx.array) -> mx.array:
+        model.update_modules(tree_unflatten(list(zip(paths, layers, strict=True))))
+        begin, end = int(rows[0]), int(rows[-1]) + 1
+        return after_blocks(model, recorded, hidden[begin:end], tokens[begin:end])
+
+    part = _Part([modules[path] for path in paths], run)
+    own = {f"part.{number}": plan[path] for number, path in enumerate(paths)}
+    learned = _learned(part, own, mx.arange(len(tokens)), batch_size=batch_size, name=name)
+    return {paths[int(path.removeprefix("part."))]: codes for path, codes in learned.items()}
