@@ -54,7 +54,7 @@ def compensated_layers(
         own = {
             f"part.{path.removeprefix(prefix)}": setting for path, setting in plan.items() if path.startswith(prefix)
         }
-        learned = _learned(_Part(block, call.__call__), own, hidden, batch_size=batch_size, name=name)
+        learned = _learned(_PartAsModel(block, call.__call__), own, hidden, batch_size=batch_size, name=name)
         packed |= {prefix + path.removeprefix("part."): codes for path, codes in learned.items()}
         parts = []
         for begin in range(0, len(hidden), batch_size):
@@ -84,7 +84,7 @@ def learned_by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Se
     return paths
 
 
-class _Part(nn.Module):  # type: ignore[misc]
+class _PartAsModel(nn.Module):  # type: ignore[misc]
     """A part of a model as a model of its own.
 
     Args:
@@ -154,7 +154,7 @@ def _learned_outside(
         begin, end = int(rows[0]), int(rows[-1]) + 1
         return after_blocks(model, recorded, hidden[begin:end], tokens[begin:end])
 
-    part = _Part([modules[path] for path in paths], run)
+    part = _PartAsModel([modules[path] for path in paths], run)
     own = {f"part.{number}": plan[path] for number, path in enumerate(paths)}
     learned = _learned(part, own, mx.arange(len(tokens)), batch_size=batch_size, name=name)
     return {paths[int(path.removeprefix("part."))]: codes for path, codes in learned.items()}

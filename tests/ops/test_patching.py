@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 from mlx_lm import server
 from mlx_lm.models import activations, base, llama
@@ -21,6 +20,7 @@ from benchmarks.architecture_configs import config_of
 from mlxflow.distributed.team import SOLO
 from mlxflow.evaluation import model_server
 from mlxflow.evaluation.model_body import Body
+from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.kernels import layer_patching
 from mlxflow.kernels.registry import recorded
 from mlxflow.models import config_fields
@@ -46,7 +46,6 @@ from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.grid_training import grids_in_training
 from mlxflow.quantization.layer_inputs import input_products
 from mlxflow.quantization.mlx_lm_patches import dense_products, following
-from mlxflow.quantization.outside_layers import round_outside
 from mlxflow.quantization.settings import Setting
 from mlxflow.training.output_head import find_head
 from mlxflow.training.sharded_layers import ShardedLayers
@@ -188,6 +187,11 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
         lambda _: model_server.bound_to_one_model(),
         {"mlx_lm.server.ModelProvider", "mlx_lm.server.ResponseGenerator"},
     ),
+    (
+        "mlxflow.evaluation.streamed_model",
+        lambda model: StreamedModel(lambda: model).passes(),
+        {"class of mlx_lm.models.llama.TransformerBlock"},
+    ),
     ("mlxflow.evaluation.model_body", _noting_body, {"class of mlx_lm.models.llama.LlamaModel"}),
     (
         "mlxflow.models.config_fields",
@@ -240,11 +244,6 @@ CALLS: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
             model, ["model.layers.0.self_attn.q_proj"], lambda begin, end: model(TOKENS), [(0, 1)]
         ),
         {f"class of {LAYERS}.linear.Linear"},
-    ),
-    (
-        "mlxflow.quantization.outside_layers",
-        lambda model: round_outside(_model, {"lm_head": SETTING}, np.array(TOKENS), name="quantize.method"),
-        {"class of mlx_lm.models.llama.TransformerBlock"},
     ),
     (
         "mlxflow.ops.graph_trace",

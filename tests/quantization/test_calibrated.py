@@ -11,11 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from benchmarks.architecture_configs import config_of
 from mlxflow.messages.errors import CallError
-from mlxflow.models import model_folder
 from mlxflow.quantization import codec
-from mlxflow.quantization import gptq as gptq_blocks
 from mlxflow.quantization.calibrated import awq, choose_rows, dwq, gptq
 from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.settings import Setting
@@ -176,26 +173,6 @@ def test_codes_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, 
         'quantize.method = "gptq": model.layers.1.mlp.up_proj has scales or biases that are not finite. '
         "Calibrate on more rows (calibration_rows)."
     )
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
-def test_gptq_by_blocks_gives_the_codes_of_the_whole_model_at_once(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(model: nn.Module, **_: Any) -> Any:
-        raise CallError("learned as a whole")
-
-    changes = {} if architecture == "gemma3_text" else {"tie_word_embeddings": False}
-    model = model_folder.build(config_of(architecture) | changes, seed=0)
-    model.eval()
-    plan = _plan(model, FOUR, down_proj=Setting("affine", 8, 32))
-    by_blocks = _learn("gptq", model, plan)
-    monkeypatch.setattr(gptq_blocks, "record_blocks", refused)
-    whole = _learn("gptq", model, plan)
-    assert by_blocks.keys() == whole.keys()
-    for path, codes in whole.items():
-        for own, part in codes._asdict().items():
-            assert mx.array_equal(getattr(by_blocks[path], own), part), f"{path}.{own}"
 
 
 def test_symmetric_embeddings_keep_their_zero_point() -> None:

@@ -1,0 +1,40 @@
+import copy
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from benchmarks.architecture_configs import config_of
+from mlxflow.messages.errors import CallError
+from mlxflow.models import model_folder
+from mlxflow.quantization import gptq
+from mlxflow.quantization.codec import Packed
+from mlxflow.quantization.settings import Setting
+
+TOKENS = mx.random.randint(0, 60, (8, 8), key=mx.random.key(5))
+
+
+def _learn(model: nn.Module, plan: dict[str, Setting]) -> dict[str, Packed]:
+    return gptq.compensated_layers(lambda: copy.deepcopy(model), plan, TOKENS, batch_size=4, name="quantize.method")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
+def test_gptq_by_blocks_gives_the_codes_of_the_whole_model_at_once(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: nn.Module, **_: Any) -> Any:
+        raise CallError("learned as a whole")
+
+    changes = {} if architecture == "gemma3_text" else {"tie_word_embeddings": False}
+    model = model_folder.build(config_of(architecture) | changes, seed=0)
+    model.eval()
+    layers = [path for path, layer in model.named_modules() if hasattr(layer, "to_quantized")]
+    plan = {path: Setting("affine", 8 if path.endswith("down_proj") else 4, 32) for path in layers}
+    by_blocks = _learn(model, plan)
+    monkeypatch.setattr(gptq, "record_blocks", refused)
+    whole = _learn(model, plan)
+    assert by_blocks.keys() == whole.keys()
+    for path, codes in whole.items():
+        for own, part in codes._asdict().items():
+            assert mx.array_equal(getattr(by_blocks[path], own), part), f"{path}.{own}"
