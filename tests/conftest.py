@@ -6,8 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -44,6 +45,22 @@ def _own_search_path() -> Iterator[None]:
 
 TINY = REPOSITORY / "tests" / "tiny.toml"
 STAGES = ("pretokenize", "train", "quantize:q4", "quantize:q8", "profile", "benchmark", "report")
+
+
+def rest_in_matrix(values: Iterable[Any], *always: Any) -> list[Any]:
+    """Return the values of a parameter, of which all but some are tried by `pytest -m matrix` only.
+
+    Args:
+        values: all of them; of several parameters together, tuples.
+        always: those that a plain `pytest` tries, too.
+    """
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else [value]),
+            marks=[] if value in always else [pytest.mark.matrix],
+        )
+        for value in values
+    ]
 
 
 def write_notes(folder: Path) -> None:

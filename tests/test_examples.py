@@ -58,6 +58,7 @@ def test_notes_publish_a_model_that_is_better_than_at_the_start(copied: Path, mo
     assert _improves("artifacts/train")
 
 
+@pytest.mark.matrix
 def test_chat_lora_teaches_the_conversations(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = _open("chat-lora", copied, monkeypatch)
     _build("base/workflow.toml", "pretokenize", "train")
@@ -70,6 +71,7 @@ def test_chat_lora_teaches_the_conversations(copied: Path, monkeypatch: pytest.M
     assert tuned["accuracy"] > base["accuracy"]
 
 
+@pytest.mark.matrix
 def test_pretrain_then_chat_is_one_graph_in_which_each_model_improves(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,8 +216,16 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
 }
 
 
-#: Edits of a matrix of variants that are made by `pytest -m matrix`: each trains several models.
-_SLOW = {"a value more in a matrix", "an exclusion", "no matrix any more"}
+#: Edits that are made by `pytest -m matrix`: each trains or measures several models.
+_SLOW = {
+    *OF_A_MATRIX,
+    "a new variant",
+    "a variant that becomes a matrix",
+    "a variant's table",
+    "another mlx, with equal results",
+    "the seed",
+    "train's table",
+}
 
 
 @pytest.mark.parametrize("edit", [pytest.param(edit, marks=[pytest.mark.matrix] * (edit in _SLOW)) for edit in EDITS])

@@ -18,6 +18,7 @@ def _pytest(*arguments: str, path: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="more than clang is missing")
 def test_without_clang_tests_are_skipped_and_those_of_a_gpu_are_an_error(tmp_path: Path) -> None:
     skipped = _pytest("tests/metal/test_capture.py", path=str(tmp_path))

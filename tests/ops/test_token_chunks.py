@@ -56,6 +56,7 @@ def test_chunks_have_the_values_and_gradients_of_the_layer(monkeypatch: pytest.M
         assert float(mx.abs(one - other).max()) <= 1e-5 * float(mx.abs(one).max())
 
 
+@pytest.mark.matrix
 def test_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_chunks, "_CHUNK_BYTES", 1 << 20)
     layer = _MLP(16, 512)

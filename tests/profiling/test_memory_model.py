@@ -7,6 +7,7 @@ from mlxflow.profiling.step_memory import Peaks, ProfiledModel
 from tests.profiling.test_step_memory import SETTINGS
 
 
+@pytest.mark.matrix
 def test_a_fitted_memory_model_predicts_peaks_within_10_percent(job: ProfiledModel) -> None:
     chunk = held_chunk(job, SETTINGS)
     *points, judge = measure_points(job, SETTINGS, shapes_to_measure(16, 32, chunk=chunk))

@@ -23,6 +23,7 @@ def _situation(
     return Situation(peaks, cache, share, is_gpu=False, packing=packing, batch_size=batch_size)
 
 
+@pytest.mark.matrix
 def test_a_suggested_setting_saves_what_was_predicted(job: ProfiledModel) -> None:
     now = trial(job, SETTINGS)
     found = {one.name: one for one in suggest(job, SETTINGS, _situation(now, cache=8 << 20))}

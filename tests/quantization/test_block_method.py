@@ -17,7 +17,7 @@ from mlxflow.quantization.block_calls import record_blocks
 from mlxflow.quantization.block_method import BlockRequest, LearnedBlocks, learn_blocks
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.settings import Setting
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, rest_in_matrix
 
 TOKENS = np.random.default_rng(0).integers(0, 128, (24, 32))
 
@@ -39,7 +39,7 @@ def _plan(model: nn.Module, bits: int = 2, mode: str = "affine") -> dict[str, Se
 _FLOAT_GROUPS = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 
 
-@pytest.mark.parametrize("mode", _FLOAT_GROUPS)
+@pytest.mark.parametrize("mode", rest_in_matrix(_FLOAT_GROUPS, "nvfp4"))
 def test_floating_point_modes_are_learned_and_lose_less_than_rounding(mode: str, tmp_path: Path) -> None:
     bits, group_size = _FLOAT_GROUPS[mode]
     plan = {path: Setting(mode, bits, group_size) for path in _plan(_model())}
@@ -66,7 +66,7 @@ def _kl(architecture: str, plan: dict[str, Setting], packed: dict[str, Packed] |
     return float((mx.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("architecture", rest_in_matrix(["llama", "gemma3_text", "mixtral"], "llama"))
 def test_learned_blocks_are_nearer_to_the_dense_model_than_rounded_ones(architecture: str, tmp_path: Path) -> None:
     made, plan = _learned(tmp_path, architecture, num_steps=24)
     assert made.packed.keys() == plan.keys()

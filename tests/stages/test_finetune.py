@@ -14,6 +14,7 @@ from mlxflow.messages.errors import ArtifactError, MlxflowError, WorkflowError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
+from tests.conftest import rest_in_matrix
 
 HEAD = """
 [pretokenize]
@@ -253,7 +254,10 @@ def test_a_base_model_gets_a_template_by_name_and_its_tokens(base_without_templa
     assert not mx.array_equal(embedding[end], embedding[opened.convert_tokens_to_ids("<|note|>")])  # it was trained
 
 
-@pytest.mark.parametrize(("name", "end"), [("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>")])
+@pytest.mark.parametrize(
+    ("name", "end"),
+    rest_in_matrix([("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>")], ("llama3", "<|eot_id|>")),
+)
 def test_a_model_that_gained_control_tokens_ends_its_answers_with_one(
     base_without_template: Path, name: str, end: str
 ) -> None:

@@ -1,5 +1,6 @@
 """Adapters beside a quantized model: what each value of `train.fuse` leaves in the files, and who opens them how."""
 
+import itertools
 import json
 import math
 import shutil
@@ -20,7 +21,7 @@ from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow import outputs, staleness
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
-from tests.conftest import mlxflow
+from tests.conftest import mlxflow, rest_in_matrix
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
 
 MAX_ROWS = 24
@@ -86,8 +87,9 @@ def _weights(file: Path) -> dict[str, mx.array]:
     return cast("dict[str, mx.array]", mx.load(str(file)))
 
 
-@pytest.mark.parametrize("base", ["q2", "q4"])
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("base", "method"), rest_in_matrix(itertools.product(["q2", "q4"], ["lora", "dora"]), ("q4", "lora"))
+)
 def test_each_value_of_fuse_is_measured_on_its_files(project: Path, tmp_path: Path, base: str, method: str) -> None:
     losses, reports = {}, {}
     for fuse in ("never", "requantize", "dense"):

@@ -23,7 +23,7 @@ from mlxflow.models import model_folder
 from mlxflow.storage import report_files
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
-from tests.conftest import REPOSITORY, mlxflow
+from tests.conftest import REPOSITORY, mlxflow, rest_in_matrix
 from tests.kernels.stand_ins import uncompiled, use_references  # noqa: F401
 
 TEXT = """
@@ -147,7 +147,7 @@ _ADAPTERS = 'grad_accum_steps = 2\nmethod = "lora"\nmodel = { from = "base" }\nl
 @pytest.mark.parametrize("serve", [True, False], ids=["all serve", "none serves"])
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [("train", _MODEL), ("train", _ADAPTERS), ("quantize", _MODEL)],
+    rest_in_matrix([("train", _MODEL), ("train", _ADAPTERS), ("quantize", _MODEL)], ("train", _ADAPTERS)),
     ids=["train", "adapters", "quantize"],
 )
 def test_precompiling_during_verification_does_not_change_the_result(

@@ -26,7 +26,7 @@ from mlxflow.messages.errors import MlxflowError, SourceError, WorkflowError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
-from tests.conftest import mlxflow
+from tests.conftest import mlxflow, rest_in_matrix
 
 TEXTS = [f"note {i}: the {i * 7 % 13}th thing to remember, and {i * i} more of it\n" * 3 for i in range(40)]
 
@@ -202,7 +202,7 @@ def test_a_source_of_each_format_is_tokenized(job: Job, kind: str) -> None:
     assert job.run(stage="train")["tokens"] > 0
 
 
-@pytest.mark.parametrize("kind", ["chat", "completions"])
+@pytest.mark.parametrize("kind", rest_in_matrix(["chat", "completions"], "chat"))
 def test_conversations_are_tokenized_with_masks_for_loss_and_documents(job: Job, kind: str) -> None:
     records: list[Any] = [{"messages": _conversation(i)} for i in range(40)]
     if kind == "completions":

@@ -102,11 +102,13 @@ def test_a_folder_has_each_point_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "tracking" / "mlflow" / "mlflow.db").exists()
 
 
+@pytest.mark.matrix
 def test_without_an_address_a_database_beside_the_artifacts_has_each_point_once(tmp_path: Path) -> None:
     _report_in_three_parts(tmp_path)
     _check(f"sqlite:///{tmp_path}/tracking/mlflow/mlflow.db")
 
 
+@pytest.mark.matrix
 def test_a_server_has_each_point_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _server(tmp_path) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)

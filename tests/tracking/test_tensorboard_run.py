@@ -60,6 +60,7 @@ def test_settings_are_hyperparameters_of_the_run(tmp_path: Path) -> None:
     assert started.hparams["model.hidden_size"].number_value == 64
 
 
+@pytest.mark.matrix
 def test_a_run_that_goes_on_and_is_reported_twice_has_each_point_once(tmp_path: Path) -> None:
     run = run_in(tmp_path, [10, 20])
     report(request_of(run, "tensorboard"), requests.INTERRUPTED)
