@@ -134,10 +134,20 @@ def describe_length(config: Any, num_rows: int | None) -> str:
     rows = (config.batch_size if num_rows is None else batch_size_of(config, num_rows)) * config.grad_accum_steps
     is_in_epochs = config.num_epochs != "auto"
     if num_rows is None:
-        return f"{config.num_epochs:g} epochs of the corpus" if is_in_epochs else f"{config.num_steps:,} steps"
+        return f"{_epochs(config.num_epochs)} of the corpus" if is_in_epochs else _counted(config.num_steps, "step")
     steps = planned_steps(config, num_rows)
     epochs = config.num_epochs if is_in_epochs else epochs_of(steps, num_rows=num_rows, rows_per_step=rows)
-    return f"{epochs:.3g} epochs of {num_rows:,} rows: {steps:,} steps of {rows:,} rows"
+    done = f"{_counted(steps, 'step')} of {_counted(rows, 'row')}"
+    return f"{_epochs(epochs)} of {_counted(num_rows, 'row')}: {done}"
+
+
+def _epochs(number: float) -> str:
+    text = f"{number:.3g}"
+    return f"{text} epoch{'s' * (text != '1')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def describe_stage(

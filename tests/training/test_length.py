@@ -24,6 +24,8 @@ def test_epochs_of_steps() -> None:
     [
         (train.Config(num_epochs=3, batch_size=4), 66, "3 epochs of 66 rows: 50 steps of 4 rows"),
         (train.Config(num_epochs=3, batch_size=4), None, "3 epochs of the corpus"),
+        (train.Config(num_epochs=1, batch_size=4), None, "1 epoch of the corpus"),
+        (train.Config(num_epochs=1, batch_size=1), 1, "1 epoch of 1 row: 1 step of 1 row"),
         (
             train.Config(num_steps=240, batch_size=16, grad_accum_steps=2),
             1000,
@@ -61,4 +63,4 @@ def test_a_smaller_batch_is_announced(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_plan_counts_epochs_by_the_smaller_batch() -> None:
     config = train.Config(num_epochs=2, grad_accum_steps=2)
-    assert describe_length(config, 7) == "2 epochs of 7 rows: 1 steps of 14 rows"
+    assert describe_length(config, 7) == "2 epochs of 7 rows: 1 step of 14 rows"
