@@ -157,6 +157,19 @@ def dequantize(weight: tuple[mx.array, ...], form: Format) -> mx.array:
     return (numbers.astype(scales.dtype) * scales + offsets).reshape(*codes.shape[:-1], -1)
 
 
+def widened(weight: tuple[mx.array, ...], dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    """Return a quantized weight whose 16-bit scales and biases are fp32 if rows are, as MLX casts them in a product.
+
+    Args:
+        weight: codes; scales; biases if the mode has them.
+        dtype: of the rows.
+    """
+    codes, *scales = weight
+    if len(scales) == 2 and dtype == mx.float32:
+        return codes, *(one.astype(mx.float32) for one in scales)
+    return weight
+
+
 def _slice_begins(codes: mx.array) -> range:
     return range(0, len(codes), SLICE_ROWS)
 
@@ -172,11 +185,8 @@ def _dense(weight: tuple[mx.array, ...], form: Format, dtype: mx.Dtype, *, after
     Without that order MLX may write those of many layers first, and `mx.compile` would keep the one of the forward pass
     for the gradient.
     """
-    codes, scales, *biases = weight
-    codes = mx.depends([codes], [after])[0]
-    if biases and dtype == mx.float32:  # MLX casts 16-bit scales to the dtype of the rows, too
-        scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
-    dense = dequantize((codes, scales, *biases), form)
+    codes, *scales = weight
+    dense = dequantize(widened((mx.depends([codes], [after])[0], *scales), dtype), form)
     return dense.astype(mx.float32 if mx.default_device() == mx.cpu else dtype)
 
 

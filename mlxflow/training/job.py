@@ -125,6 +125,7 @@ def run_job(
         memory_limit_bytes=context.memory_limit_bytes,
     )
     fuse = decide_fuse(job.source.fuse, is_quantized=quantized_layers.is_quantized(start.model))
+    build.widen_scales(start.model, settings)
     model = model_artifact.write_model(
         outputs, context, trained=start, source=job.source._replace(fuse=fuse), tokenizer=tokenizer
     )

@@ -10,7 +10,7 @@ import numpy as np
 from mlxflow.ops.copying_products import copying_products
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.patching import layer_method
-from mlxflow.ops.quantized_matmul import Format, dequantize
+from mlxflow.ops.quantized_matmul import Format, dequantize, widened
 
 # Tokens of the pass with test values, and of the pass that compares two ways to the hidden states, which is computed
 _TOKENS, _FEW_TOKENS = 8, 2
@@ -36,7 +36,8 @@ class Head(NamedTuple):
         """Return the weight, (V, D), dequantized where it is quantized, rounded in fake quantization."""
         layer, packed = self.module(model), self.packed(model)
         if packed is not None:
-            return dequantize(*packed).astype(dtype)
+            codes, form = packed
+            return dequantize(widened(codes, dtype), form).astype(dtype)
         faked = getattr(type(layer), "fake_weight", None)  # of a class that `fake_quant.fake_quantized` made
         return cast("mx.array", layer.weight if faked is None else faked(layer))
 

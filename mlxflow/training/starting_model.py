@@ -104,16 +104,16 @@ def make_model(
         )
         model_folder.require_room(config, memory_limit_bytes, names.of("model"), limit_key=names.memory_limit)
         model = model_folder.build(config, seed=seed)
-    dtype = dtype_of(settings)
-    cast_weights(model, dtype)
+    cast_weights(model, settings)
     if not quantized_layers.is_quantized(model):
         adapter_files.fuse(model)  # adapters of an earlier training are fused
     adapter_config = _add_adapters(model, source.folder, settings, seed=seed, names=names)
-    cast_weights(model, dtype)
+    cast_weights(model, settings)
     model.train()
     mx.eval(model.parameters())
     config = config_json.with_ends(config, tokens.end_tokens)
-    return StartingModel(model, config_json.with_dtype(config, str(dtype).rpartition(".")[2]), adapter_config)
+    dtype = str(dtype_of(settings)).rpartition(".")[2]
+    return StartingModel(model, config_json.with_dtype(config, dtype), adapter_config)
 
 
 def _open(

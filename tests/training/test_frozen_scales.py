@@ -1,0 +1,104 @@
+"""Scales of frozen 4-bit weights stay in 16 bits: memory while a folder is opened, and equal numbers in every step."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxflow.data.token_file import Rows
+from mlxflow.device import phase_peaks
+from mlxflow.kernels import model_kernels
+from mlxflow.models import model_folder, quantized_layers
+from mlxflow.training import build
+from mlxflow.training.memory_forecast import forecast_memory
+from mlxflow.training.settings import AdapterShape, TrainingSettings
+from tests.small_models import llama
+
+VOCAB, LENGTH = 128, 24
+
+
+def _settings(method: Literal["lora", "dora"], precision: Any, **others: Any) -> TrainingSettings:
+    shape = AdapterShape(method=method, rank=2, scale=4.0, dropout=0.0, num_layers=0, keys=("self_attn.*", "mlp.*"))
+    return TrainingSettings(adapters=shape, batch_size=2, warmup_steps=0, precision=precision, **others)
+
+
+def _write(folder: Path, **shape: int) -> int:
+    """Write a 4-bit folder in bf16; return the size of its weights."""
+    model, config = llama(vocab_size=VOCAB, context_length=LENGTH, num_heads=4, seed=0, **shape)
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, group_size=64, bits=4)
+    quantization = {"group_size": 64, "bits": 4}
+    file = folder / "model.safetensors"
+    config |= {"quantization": quantization, "torch_dtype": "bfloat16"}
+    model_folder.save(model=model, config=config, config_file=folder / "config.json", model_file=file, provenance={})
+    return file.stat().st_size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_opening_a_quantized_folder_takes_little_more_than_its_file(precision: str, tmp_path: Path) -> None:
+    stored = _write(tmp_path, hidden_size=1024, intermediate_size=2048, num_layers=4)
+    settings = _settings("lora", precision)
+    before = mx.get_active_memory()
+    with phase_peaks.followed() as peak:
+        model, _ = model_folder.load(tmp_path)
+        build.prepare_model(model, settings, adapter_seed=0)
+        adapters = sum(value.nbytes for _, value in tree_flatten(model.trainable_parameters()))
+    assert peak.bytes - before < 1.1 * stored + adapters
+    assert adapters < 0.1 * stored  # they do not hide what is widened: 0.11 of the file
+
+
+def _subject(folder: Path, *, is_widened: bool, **others: Any) -> build.Subject:
+    settings = _settings("lora", "fp32", **others)
+    model, _ = model_folder.load(folder)
+    build.prepare_model(model, settings, adapter_seed=0)
+    for layer in model.modules():  # the second factor begins with zeros, and passes on no gradient
+        if "lora_b" in layer:
+            layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1)) * 0.01
+    if is_widened:
+        build.widen_scales(model, settings)
+    return build.Subject(model, settings, VOCAB, LENGTH)
+
+
+@pytest.mark.parametrize("rows", [1, 4], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("fused_loss", [True, False])
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_losses_gradients_and_updates_are_those_of_widened_scales(
+    rows: int, fused_loss: bool, checkpoint_every: int, tmp_path: Path
+) -> None:
+    _write(tmp_path, hidden_size=64, intermediate_size=128, num_layers=2, num_kv_heads=2)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, LENGTH // (4 // rows) + 1)).astype(np.int32)
+    taken = []
+    for is_widened in (False, True):
+        subject = _subject(tmp_path, is_widened=is_widened, fused_loss=fused_loss, checkpoint_every=checkpoint_every)
+        dtypes = {layer.scales.dtype for layer in subject.model.modules() if type(layer) is nn.QuantizedLinear}
+        assert dtypes == {mx.float32 if is_widened else mx.bfloat16}
+        marks = np.full(tokens.shape, 3, np.uint8)
+        with build.ready_step(subject, model_kernels.no_kernels()) as step:
+            gradients = step.compute(mx.array(tokens), mx.array(marks))
+            outcome = step.update(gradients)
+            arrays = [gradients.total, *(one for _, one in tree_flatten(gradients.tree)), outcome.norm]
+            taken.append([np.array(one) for one in (*arrays, *_trained(subject.model))])
+        assert forecast_memory(subject, model_kernels.no_kernels(), Rows(tokens, marks)).peak_bytes > 0
+    kept, widened = taken
+    assert all(np.array_equal(one, other) for one, other in zip(kept, widened, strict=True))
+    assert any(np.abs(one).max() > 0 for one in kept[1:-1])
+
+
+def _trained(model: nn.Module) -> list[mx.array]:
+    return [value for _, value in tree_flatten(model.trainable_parameters())]
+
+
+def test_dora_and_embeddings_have_fp32_scales(tmp_path: Path) -> None:
+    """Both dequantize in the dtype of their scales, and bf16 would round the weights."""
+    _write(tmp_path, hidden_size=64, intermediate_size=128, num_layers=1)
+    for method in ("lora", "dora"):
+        model, _ = model_folder.load(tmp_path)
+        build.prepare_model(model, _settings(method, "fp32"), adapter_seed=0)
+        assert model.model.embed_tokens.scales.dtype == mx.float32
+        kept = mx.float32 if method == "dora" else mx.bfloat16
+        assert model.layers[0].mlp.up_proj.linear.scales.dtype == kept
+        assert quantized_layers.is_quantized(model)
