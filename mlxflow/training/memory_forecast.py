@@ -18,9 +18,9 @@ from mlxflow.training.graph_memory import Graph
 from mlxflow.training.precompile import restored
 from mlxflow.training.step import Step
 
-# Dispatches that the host is ahead of the device. MLX waits for the CPU after ten tasks of ten. A GPU's command buffers
-# end after some bytes, too, and large arrays fill them at once.
-_LAG = {"cpu": 100, "gpu": 40}
+# The most dispatches that the host is ahead of the device. MLX waits for the CPU when an eleventh task of ten is sent.
+# A GPU's command buffers end after some bytes, too, and large arrays fill them at once.
+_LAG = {"cpu": 110, "gpu": 40}
 
 
 class MemoryForecast(NamedTuple):

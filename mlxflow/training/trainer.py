@@ -203,17 +203,18 @@ class Trainer:
             phase_peaks.reset()
         begin = time.perf_counter()
         summed = self._accumulator.accumulate(waits=looks or compiles)
-        outcome = self._step.update(summed.gradients)
-        mx.async_eval(outcome, self._step.state)
-        self._pending.append(_Pending(number, outcome, summed.targets))
+        outcome, targets = self._step.update(summed.gradients), summed.targets
         facts.step, facts.rows_done, facts.cursor = number, 0, summed.cursor
-        facts.tokens += summed.targets
+        del summed  # MLX frees gradients as the update reads them, but not while Python holds them
+        mx.async_eval(outcome, self._step.state)
+        self._pending.append(_Pending(number, outcome, targets))
+        facts.tokens += targets
         self._accumulator.after_update(compares=number % settings.log_every == 0)
         if looks or compiles:
             self._wait(self._step.state)
         if compiles:
             facts.compile_seconds += time.perf_counter() - begin
-            facts.compile_tokens += summed.targets
+            facts.compile_tokens += targets
         if looks and (decision := self._memory.look(number)) is not None:
             self._recorder.write(decision.record())
 

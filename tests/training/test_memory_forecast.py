@@ -1,5 +1,6 @@
 """The peak of a training step, predicted from shapes, against MLX's counter in a step that is taken."""
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,10 +12,11 @@ from mlx.utils import tree_flatten
 from mlxflow.data.token_file import Rows
 from mlxflow.device import phase_peaks
 from mlxflow.kernels import model_kernels
-from mlxflow.training import build
+from mlxflow.training import build, memory_forecast
+from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.memory_forecast import MemoryForecast, forecast_memory
-from mlxflow.training.precompile import restored
 from mlxflow.training.settings import AdapterShape, TrainingSettings
+from mlxflow.training.trainer import Session
 from tests.small_models import llama
 
 VOCAB, LENGTH, ROWS = 2048, 128, 4
@@ -46,10 +48,13 @@ def _rows() -> Rows:
 
 
 def _measured(subject: build.Subject) -> int:
-    """Return the peak of steps that are sent to the device one after the other, as the trainer sends them."""
+    """Return the peak of steps that are sent to the device one after the other, as the trainer sends them.
+
+    The weights before them are not kept: `restored` would hold them beside those that are updated.
+    """
     rows = _rows()
     tokens, marks = mx.array(rows.tokens), mx.array(rows.marks)
-    with restored(subject.model), build.ready_step(subject, NONE) as step:
+    with build.ready_step(subject, NONE) as step:
         mx.eval(step.state)
         with phase_peaks.followed() as peak:
             for _ in range(3):
@@ -64,20 +69,46 @@ def _measured(subject: build.Subject) -> int:
     ("method", "settings"),
     [
         ("full", {}),
+        ("full", {"precision": "bf16"}),
         ("full", {"checkpoint_every": 1}),
         ("lora", {}),
         ("lora", {"bits": 4}),
+        ("lora", {"bits": 4, "checkpoint_every": 1}),
+        ("lora", {"bits": 4, "precision": "bf16"}),
         ("dora", {}),
+        ("dora", {"bits": 4}),
     ],
     ids=lambda value: str(value),
 )
-def test_the_predicted_peak_is_near_that_of_a_step(method: str, settings: dict[str, Any]) -> None:
+def test_the_peak_of_steps_lies_between_those_of_a_host_that_waits_and_one_that_is_ahead(
+    method: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long buffers wait to be freed depends on how far the host is ahead: on the CPU from 0 to 110 dispatches."""
     subject = _subject(method, **settings)
     expected = forecast_memory(subject, NONE, _rows())
     assert expected.tokens == ROWS * LENGTH
-    # How many buffers wait to be freed depends on how far the host is ahead: a busy one is less, and the arrays of a
-    # small model are as many as those of a large one. Without a part of a step the prediction is off by more.
-    assert expected.peak_bytes == pytest.approx(_measured(subject), rel=0.25)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_forecast, "_LAG", {"cpu": 0, "gpu": 0})
+        least = forecast_memory(subject, NONE, _rows()).peak_bytes
+    measured = _measured(subject)
+    # 2 %: scalars, constants and buffers that MLX rounds up to pages are not counted
+    assert least * 0.98 <= measured <= expected.peak_bytes * 1.02
+    if settings.get("checkpoint_every", 0) == 0:  # recomputed layers have a narrow peak, and the host is less ahead
+        assert expected.peak_bytes <= 1.1 * measured
+
+
+def test_the_trainer_holds_no_gradient_that_an_update_has_read(tmp_path: Path) -> None:
+    subject = _subject("full")
+    expected = forecast_memory(subject, NONE, _rows()).peak_bytes
+    of_gradients = sum(value.nbytes for _, value in tree_flatten(subject.model.trainable_parameters()))
+    settings = subject.settings.replace(num_steps=4, dynamic_batch_size=False, eval_every=0, adjust_every=0)
+    data = build.make_data(_rows(), _rows().head(1), settings, seed=0)
+    session = Session(CheckpointStore(tmp_path, keep=1, settings={}, say=print), 1 << 40, lambda _: None)
+    with build.ready_trainer(subject._replace(settings=settings), NONE, data, session) as trainer:
+        mx.eval(trainer._step.state)
+        result = trainer.run()
+    assert result.peak_memory_bytes < expected * 1.02
+    assert of_gradients > 0.05 * expected  # holding them would show
 
 
 def test_nothing_is_computed_and_the_model_is_as_before() -> None:
