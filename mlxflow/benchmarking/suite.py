@@ -26,6 +26,7 @@ from mlxflow.report.stage_reports.benchmark import BottleneckFigures, Convergenc
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from mlxflow.training import build
 from mlxflow.training.settings import SettingNames, TrainingSettings
+from mlxflow.training.weight_dtypes import dtype_of
 
 # Number of unpacked rows: batches are rarely repeated, and the rows are made quickly
 _ROWS_APART = 2048
@@ -190,7 +191,7 @@ class Suite:
         model, _ = quantized_layers.made_dense(model, {})  # for its shapes only: never evaluated
         decode = None if dense is None else dense.decode_tokens_per_second
         return BottleneckFigures(
-            ceiling_flops_per_second=roofline.flops_ceiling(build.dtype_of(self.settings)),
+            ceiling_flops_per_second=roofline.flops_ceiling(dtype_of(self.settings)),
             ceiling_bytes_per_second=roofline.bytes_ceiling(_main_type(model)),
             flops_per_second=self._flops_per_second(model, training),
             decode_bytes_per_second=None if decode is None else stored_bytes * decode,

@@ -16,6 +16,7 @@ from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 from mlxflow.training.objective import chunk_rows
 from mlxflow.training.output_head import find_head
 from mlxflow.training.step import Step, accumulate
+from mlxflow.training.weight_dtypes import dtype_of
 
 
 class Phases(Protocol):
@@ -112,7 +113,7 @@ def logits_bytes(subject: build.Subject) -> int:
     if head is None:
         weights = tree_flatten(model.parameters())
         return 2 * tokens * vocab_size * int(weights[0][1].itemsize)
-    dtype = build.dtype_of(settings)
+    dtype = dtype_of(settings)
     weight = head.weight(model, dtype)
     hidden = mx.zeros((tokens, weight.shape[-1]), dtype)
     targets, ones = mx.zeros((tokens,), mx.int32), mx.ones((tokens,))

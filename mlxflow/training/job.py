@@ -21,6 +21,7 @@ from mlxflow.training import (
     run,
     run_warnings,
     starting_model,
+    weight_dtypes,
 )
 from mlxflow.training.kernel_selection import KernelRequest
 from mlxflow.training.lora_config import decide_fuse
@@ -125,7 +126,7 @@ def run_job(
         memory_limit_bytes=context.memory_limit_bytes,
     )
     fuse = decide_fuse(job.source.fuse, is_quantized=quantized_layers.is_quantized(start.model))
-    build.widen_scales(start.model, settings)
+    weight_dtypes.widen_scales(start.model, settings)
     model = model_artifact.write_model(
         outputs, context, trained=start, source=job.source._replace(fuse=fuse), tokenizer=tokenizer
     )

@@ -16,8 +16,8 @@ from mlxflow.models.new_model import ModelConfig, new_config
 from mlxflow.models.vocabulary_growth import grow_vocabulary
 from mlxflow.storage import config_json
 from mlxflow.training import adapters
-from mlxflow.training.build import cast_weights, dtype_of
 from mlxflow.training.settings import SettingNames, TrainingSettings
+from mlxflow.training.weight_dtypes import cast_weights, dtype_of
 
 
 class ModelSource(NamedTuple):

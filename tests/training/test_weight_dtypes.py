@@ -13,7 +13,7 @@ from mlxflow.data.token_file import Rows
 from mlxflow.device import phase_peaks
 from mlxflow.kernels import model_kernels
 from mlxflow.models import model_folder, quantized_layers
-from mlxflow.training import build
+from mlxflow.training import build, weight_dtypes
 from mlxflow.training.memory_forecast import forecast_memory
 from mlxflow.training.settings import AdapterShape, TrainingSettings
 from tests.small_models import llama
@@ -59,7 +59,7 @@ def _subject(folder: Path, *, is_widened: bool, **others: Any) -> build.Subject:
         if "lora_b" in layer:
             layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1)) * 0.01
     if is_widened:
-        build.widen_scales(model, settings)
+        weight_dtypes.widen_scales(model, settings)
     return build.Subject(model, settings, VOCAB, LENGTH)
 
 
