@@ -1,24 +1,33 @@
 """Quality of quantized real models: every method beside mlx-lm's, on one calibration text, judged on another one.
 
 `python -m benchmarks.quality run smollm2 --folder DIR` quantizes by the stage `quantize`, each variant in a process of
-its own, and appends a line of JSON for each to DIR/results.jsonl: stored bits of a weight from the file, perplexity and
-divergence from the dense model with standard errors over documents, seconds and resident memory. Variants that have a
-line are left out, so a run can be continued. `python -m benchmarks.quality table DIR/results.jsonl` prints the table.
+its own, prints a line of JSON for each as it finishes and appends it to DIR/results.jsonl: stored bits of a weight from
+the file, perplexity and divergence from the dense model with standard errors over documents, greedy continuations of a
+few prompts, seconds and resident memory. Variants that have a line are left out, so a run can be continued, and after
+`--seconds` none is begun. Calibration rows, the dense model's hidden states and the blocks that several methods start
+from are computed once. `python -m benchmarks.quality table DIR/results.jsonl` prints the table and what the models
+write.
 
 GPTQ, AWQ and DWQ use mlx-lm's functions (of AWQ, its search); `dynamic` is mlx-lm's dynamic_quant between one bit less
 and one bit more, with the threshold that gives the size of the width. All of them, and rounding, quantize embedding and
-head with the same bits as the rest. `e2e` is `block` with scales trained together afterwards.
+head with the same bits as the rest. `scales` and `all` train scales, or all, from the codes of `block` (qat's `start`),
+`e2e` does so within `block`. `budget` chooses bits and group sizes by the methods of `--budget-methods`, beside
+`uniform` plans of the same sizes.
+
+TINY=1 in the environment makes a trial of all of it on a small random model with few steps: `TINY=1 python -m
+benchmarks.quality run tiny --folder DIR`.
 """
 
 import argparse
 import json
-import math
+import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,38 +38,77 @@ cpu_backend.prepare()
 import mlx.core as mx
 import tomli_w
 
-from benchmarks.real_models import MODELS, sense_of
+from benchmarks.quality_judge import Judge, continuations
+from benchmarks.quality_table import table_of, texts_of
+from benchmarks.real_models import MODELS
 from benchmarks.real_texts import texts
-from mlxflow.data.token_file import Rows, TokenFile
-from mlxflow.evaluation.dense_reference import cached_reference
-from mlxflow.evaluation.kl_divergence import compare_positions
-from mlxflow.models import model_folder, quantized_layers
+from mlxflow.data.token_file import TokenFile
+from mlxflow.models import model_folder
 from mlxflow.quantization.calibrated import choose_rows
 from mlxflow.quantization.settings import BITS
-from mlxflow.storage.digests import digest_json
+
+_IS_TINY = bool(os.environ.get("TINY"))
 
 #: Keys of the `[quantize]` table by name of a method.
 METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
     "rtn": {},
     "gptq": {"method": "gptq"},
     "awq": {"method": "awq"},
     "dwq": {"method": "dwq"},
     "dynamic": {},
     "block": {"method": "block"},
+    "scales": {"method": "qat", "training": "scales", "distill": True},
+    "uniform": {},
+    "budget": {"candidate_bits": [2, 3, 4], "candidate_group_sizes": [32, 64, 128]},
+    "all": {"method": "qat", "training": "full", "distill": True},
     "e2e": {"method": "block"},
     "rotated": {"method": "block", "rotations": 4},
-    "scales": {"method": "qat", "training": "scales", "distill": True},
-    "all": {"method": "qat", "training": "full", "distill": True},
 }
+
+# Methods that are left out unless they are named
+_EXTRA = ("all", "e2e", "rotated")
 
 # Methods that start from the codes of "block"
 _STARTS = ("scales", "all")
-MLX_LM = ("gptq", "awq", "dwq", "dynamic")
 
 # mlx-lm's GPTQ has no 3 bits
 _GPTQ_BITS = (2, 4)
 
-_FEWEST_TARGETS = 32
+#: Bits and group size of the uniform plan of a size, with scales and biases of 16 bits.
+UNIFORM = {2.5: (2, 64), 3.0: (2, 32), 3.5: (3, 64), 4.0: (3, 32), 4.5: (4, 64)}
+
+
+class Row(NamedTuple):
+    """A row of the benchmark: a method at a width, or at a budget.
+
+    Attributes:
+        method: a name of `METHODS`.
+        size: of the models that are compared: "w4g64", "3.5 bits" or "dense".
+        bits: of a code; of a budget and of the dense model 0.
+        group_size: likewise.
+        budget: stored bits of a weight; 0 without.
+        by: the method of the stage by which a budget, or its uniform rival, learns.
+        seed: of the calibration.
+    """
+
+    method: str
+    size: str
+    bits: int
+    group_size: int
+    budget: float
+    by: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """The method for tables, with the one by which it learns."""
+        return f"{self.method}-{self.by}" if self.by else self.method
+
+    @property
+    def variant(self) -> str:
+        """The name of the variant of the stage."""
+        return f"{self.label}_{self.size}".replace(" ", "").replace(".", "p").replace("-", "_")
 
 
 def main() -> None:
@@ -68,107 +116,167 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="quantize and judge")
-    run.add_argument("model", help="smollm2, gemma3, or a model folder")
+    run.add_argument("model", help="smollm2, gemma3, a model folder, or tiny")
     run.add_argument("--folder", type=Path, required=True, help="for artifacts and results")
+    run.add_argument("--seconds", type=float, default=float("inf"), help="after which no further row is begun")
     run.add_argument("--widths", default="4,3,2")
     run.add_argument("--group-size", type=int, default=64)
-    run.add_argument("--methods", default=",".join(METHODS))
+    run.add_argument("--methods", default=",".join(name for name in METHODS if name not in _EXTRA))
+    run.add_argument("--budgets", default="2.5,3.0,3.5", help=f"of {', '.join(map(str, UNIFORM))}")
+    run.add_argument("--budget-methods", default="rtn", help="of the stage, such as rtn,block")
     run.add_argument("--seeds", default="0")
-    run.add_argument("--context-length", type=int, default=256)
-    run.add_argument("--calibration-rows", type=int, default=128)
-    run.add_argument("--block-steps", type=int, default=100)
-    run.add_argument("--scale-steps", type=int, default=100, help="of e2e, scales and all")
+    run.add_argument("--context-length", type=int, default=32 if _IS_TINY else 256)
+    run.add_argument("--calibration-rows", type=int, default=8 if _IS_TINY else 128)
+    run.add_argument("--block-steps", type=int, default=2 if _IS_TINY else 100)
+    run.add_argument("--scale-steps", type=int, default=2 if _IS_TINY else 100, help="of e2e, scales and all")
     run.add_argument("--batch-size", type=int, default=8, help="of scales and all")
-    run.add_argument("--documents", type=int, default=100, help="news articles that judge")
+    run.add_argument("--documents", type=int, default=4 if _IS_TINY else 100, help="news articles that judge")
     run.add_argument("--device", default="auto")
-    run.add_argument("--write", type=int, default=0, metavar="TOKENS", help="of a sample that each model writes")
-    table = verbs.add_parser("table", help="print the table of results")
+    run.add_argument("--write", type=int, default=4 if _IS_TINY else 32, help="tokens of each continuation; 0: none")
+    table = verbs.add_parser("table", help="print the table of results, and what the models write")
     table.add_argument("results", type=Path)
     parsed = parser.parse_args()
     if parsed.verb == "table":
-        print("\n".join(table_of([json.loads(line) for line in parsed.results.read_text().splitlines()])))
+        lines = [json.loads(line) for line in parsed.results.read_text().splitlines()]
+        print("\n".join([*table_of(lines), "", *texts_of(lines)]))
     else:
-        _run(parsed)
+        raise SystemExit(_run(parsed))
 
 
-def _run(parsed: argparse.Namespace) -> None:
+def _run(parsed: argparse.Namespace) -> int:
+    """Run the rows that have no line yet; return 1 if one of them failed."""
+    begin = time.perf_counter()
     if parsed.device != "auto":
         mx.set_default_device(getattr(mx, parsed.device))
-    dense = MODELS[parsed.model]() if parsed.model in MODELS else Path(parsed.model)
     folder: Path = parsed.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    dense = _dense(parsed.model, folder)
     results = folder / "results.jsonl"
     known = {json.loads(line)["name"] for line in results.read_text().splitlines()} if results.exists() else set()
-    judge = None
-    for seed in parsed.seeds.split(","):
-        job = folder / f"seed{seed}"
-        job.mkdir(exist_ok=True)
-        _write_workflow(job, parsed, dense, seed, [])
-        if not (job / "artifacts/pretokenize").exists():
-            _command(job, "pretokenize")
-        for bits, method in _variants(parsed):
-            name = f"{method}_w{bits}g{parsed.group_size}"
-            whole = f"{parsed.model} {name} seed {seed}"
-            if whole in known:
-                continue
-            judge = judge or Judge(dense, job, folder / "cache", documents=parsed.documents)
-            begin = time.perf_counter()
-            table = _table(parsed, dense, method, bits)
-            if method == "dynamic":
-                table["layers"] = _dynamic_rules(parsed, dense, job, bits)
-            tables = [{"name": name, **table}]
-            if method in _STARTS:
-                tables.insert(0, {"name": f"start_w{bits}", **_table(parsed, dense, "block", bits)})
-            _write_workflow(job, parsed, dense, seed, tables)
-            for one in tables:
-                _command(job, f"quantize:{one['name']}")
-            seconds = time.perf_counter() - begin
-            artifact = job / "artifacts/quantize" / name
-            line = {
-                "name": whole,
-                "model": parsed.model,
-                "method": method,
-                "bits": bits,
-                "group_size": parsed.group_size,
-                "seed": int(seed),
-                "device": str(mx.default_device()),
-                "seconds": round(seconds, 1),
-                **_report_facts(artifact),
-                **judge.figures(artifact),
-            }
-            if parsed.write:
-                line["text"] = sense_of(artifact, num_tokens=parsed.write).text
-            with results.open("a") as out:
-                out.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
+    rows = [row for row in rows_of(parsed) if _name(parsed, row) not in known]
+    judges: dict[int, Judge] = {}
+    failed = False
+    for number, row in enumerate(rows):
+        if time.perf_counter() - begin > parsed.seconds:
+            print(f"{parsed.seconds:.0f} s are over: {len(rows) - number} rows are left", file=sys.stderr)
+            break
+        job = folder / f"seed{row.seed}"
+        if row.seed not in judges:
+            _prepare(job, parsed, dense, row.seed)
+            judges[row.seed] = Judge(dense, job, folder / "cache", documents=parsed.documents)
+        try:
+            line = _measured(parsed, row, dense, job, judges[row.seed])
+        except subprocess.CalledProcessError as error:
+            failed = True
+            print(f"{_name(parsed, row)}: failed: {' '.join(map(str, error.cmd))}", file=sys.stderr)
+            continue
+        with results.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+    return int(failed)
 
 
-def _variants(parsed: argparse.Namespace) -> Iterator[tuple[int, str]]:
-    """Yield width and method of every variant that mlx-lm and this project have."""
-    for bits in map(int, parsed.widths.split(",")):
-        for method in parsed.methods.split(","):
-            if (method != "gptq" or bits in _GPTQ_BITS) and (method != "dynamic" or bits - 1 in BITS["affine"]):
-                yield bits, method
+def rows_of(parsed: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows of a run: those of the first seed first, and of each width the quick methods first."""
+    methods = parsed.methods.split(",")
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise SystemExit(f"--methods: {', '.join(unknown)}: expected some of {', '.join(METHODS)}.")
+    order = [name for name in METHODS if name in methods]
+    for place, seed in enumerate(map(int, parsed.seeds.split(","))):
+        if "dense" in order and not place:
+            yield Row("dense", "dense", 0, 0, 0.0, "", seed)
+        for bits in map(int, parsed.widths.split(",")):
+            for method in order:
+                if method not in ("dense", "budget", "uniform") and _has(method, bits):
+                    yield Row(method, f"w{bits}g{parsed.group_size}", bits, parsed.group_size, 0.0, "", seed)
+        for budget in map(float, parsed.budgets.split(",")):
+            for by in parsed.budget_methods.split(","):
+                for method in (name for name in order if name in ("budget", "uniform")):
+                    bits, group_size = UNIFORM[budget] if method == "uniform" else (0, 0)
+                    yield Row(method, f"{budget} bits", bits, group_size, budget, by, seed)
 
 
-def _table(parsed: argparse.Namespace, dense: Path, method: str, bits: int) -> dict[str, Any]:
+def _has(method: str, bits: int) -> bool:
+    """Return whether mlx-lm has a method at a width."""
+    return (method != "gptq" or bits in _GPTQ_BITS) and (method != "dynamic" or bits - 1 in BITS["affine"])
+
+
+def _name(parsed: argparse.Namespace, row: Row) -> str:
+    return f"{parsed.model} {row.label} {row.size} seed {row.seed}"
+
+
+def _measured(parsed: argparse.Namespace, row: Row, dense: Path, job: Path, judge: Judge) -> dict[str, Any]:
+    """Quantize a variant and return its line."""
+    begin = time.perf_counter()
+    artifact, facts = dense, {"bits_per_weight": 16.0, "peak_rss_bytes": 0, "peak_memory_bytes": 0}
+    started = 0.0
+    if row.method != "dense":
+        tables = [{"name": row.variant, **_table(parsed, row, dense, job)}]
+        if row.method in _STARTS:
+            block = row._replace(method="block")
+            tables.insert(0, {"name": block.variant, **_table(parsed, block, dense, job)})
+        _write_workflow(job, parsed, dense, row.seed, tables)
+        for table in tables:
+            artifact = job / "artifacts/quantize" / str(table["name"])
+            if table is tables[-1] or not artifact.exists():
+                _command(job, f"quantize:{table['name']}")
+            elif table is not tables[-1]:
+                started = _report(artifact)["run"]["seconds"]
+        facts = _facts(_report(artifact))
+    seconds = time.perf_counter() - begin + started
+    line = {
+        "name": _name(parsed, row),
+        "model": parsed.model,
+        "method": row.label,
+        "size": row.size,
+        "bits": row.bits,
+        "group_size": row.group_size,
+        "seed": row.seed,
+        "device": str(mx.default_device()),
+        "seconds": round(seconds, 1),
+        **facts,
+        **judge.figures(artifact),
+    }
+    return line | ({"texts": continuations(artifact, num_tokens=parsed.write)} if parsed.write else {})
+
+
+def _table(parsed: argparse.Namespace, row: Row, dense: Path, job: Path) -> dict[str, Any]:
     """Return the `[quantize]` table of a variant."""
     table: dict[str, Any] = {
         "model": str(dense),
         "data": "pretokenize",
-        "bits": bits,
-        "group_size": parsed.group_size,
         "calibration_rows": parsed.calibration_rows,
         "max_validation_rows": 1,
-        **METHODS[method],
+        **METHODS[row.method],
     }
-    if method in _STARTS:
-        table |= {"start": f"quantize:start_w{bits}", "num_steps": parsed.scale_steps, "batch_size": parsed.batch_size}
-    if method in ("block", "e2e", "rotated"):
+    if row.by:
+        table["method"] = row.by
+    if row.method == "budget":
+        table["target_bits_per_weight"] = _room(row, job)
+    elif row.method not in _STARTS:
+        table |= {"bits": row.bits, "group_size": row.group_size}
+    if row.method in _STARTS:
+        block = row._replace(method="block")
+        table |= {"start": f"quantize:{block.variant}", "num_steps": parsed.scale_steps}
+        table["batch_size"] = parsed.batch_size
+        del table["calibration_rows"]
+    if table.get("method") == "block":
         table["block_steps"] = parsed.block_steps
-    if method == "e2e":
+    if row.method == "e2e":
         table["scale_steps"] = parsed.scale_steps
+    if row.method == "dynamic":
+        table["layers"] = _dynamic_rules(parsed, dense, job, row.bits)
     return table
+
+
+def _room(row: Row, job: Path) -> float:
+    """Return the bits of a weight that a budget may take: as many as the uniform plan with all that stays dense."""
+    bits, group_size = UNIFORM[row.budget]
+    rival = row._replace(method="uniform", bits=bits, group_size=group_size)
+    artifact = job / "artifacts/quantize" / rival.variant
+    if not artifact.exists():
+        return row.budget
+    return max(row.budget, round(float(_report(artifact)["bits_per_weight"]) + 0.001, 4))
 
 
 def _dynamic_rules(parsed: argparse.Namespace, dense: Path, job: Path, bits: int) -> list[dict[str, Any]]:
@@ -186,12 +294,51 @@ def _dynamic_rules(parsed: argparse.Namespace, dense: Path, job: Path, bits: int
     return [{"match": path, "bits": high if cost > threshold else low} for path, cost in found.items()]
 
 
+def _dense(name: str, folder: Path) -> Path:
+    """Return the folder of the dense model."""
+    if name in MODELS:
+        return MODELS[name]()
+    return _tiny(folder / "tiny") if name == "tiny" else Path(name)
+
+
+def _tiny(folder: Path) -> Path:
+    """Return the folder of a random model with two layers, whose tokenizer knows the texts."""
+    from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
+    from mlxflow.data.tokenizer_folder import save_vocabulary
+    from tests.small_models import llama
+
+    if (folder / "model.safetensors").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    news = [json.loads(line)["text"] for line in texts()[1].read_text(encoding="utf-8").splitlines()]
+    tokenizer = train_tokenizer(news[:50], vocab_size=512, special_tokens=["<|endoftext|>"])
+    vocabulary = trained_vocabulary(tokenizer.to_str(), context_length=512, template=None)
+    save_vocabulary(vocabulary, tokenizer_file=folder / "tokenizer.json", config_file=folder / "tokenizer_config.json")
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_heads": 2}
+    model, config = llama(vocab_size=vocabulary.size, context_length=512, **shape)
+    files = {"config_file": folder / "config.json", "model_file": folder / "model.safetensors"}
+    model_folder.save(model=model, config=config, provenance={}, **files)
+    return folder
+
+
+def _prepare(job: Path, parsed: argparse.Namespace, dense: Path, seed: int) -> None:
+    """Make the token files of a seed, unless they are there."""
+    job.mkdir(exist_ok=True)
+    _write_workflow(job, parsed, dense, seed, [])
+    if not (job / "artifacts/pretokenize").exists():
+        _command(job, "pretokenize")
+
+
 def _write_workflow(
-    job: Path, parsed: argparse.Namespace, dense: Path, seed: str, variants: list[dict[str, Any]]
+    job: Path, parsed: argparse.Namespace, dense: Path, seed: int, variants: list[dict[str, Any]]
 ) -> None:
     articles, news = texts()
-    workflow = {
-        "workflow": {"seed": int(seed), "device": parsed.device, "stages": ["pretokenize", "quantize"]},
+    workflow: dict[str, Any] = {
+        "workflow": {
+            "seed": seed,
+            "device": parsed.device,
+            "stages": ["pretokenize", *(["quantize"] if variants else [])],
+        },
         "pretokenize": {
             "sources": [str(articles)],
             "validation_sources": [str(news)],
@@ -200,19 +347,19 @@ def _write_workflow(
         },
         **({"quantize": variants} if variants else {}),
     }
-    if not variants:
-        workflow["workflow"]["stages"] = ["pretokenize"]  # type: ignore[index]
     (job / "workflow.toml").write_text(tomli_w.dumps(workflow))
 
 
 def _command(job: Path, stage: str) -> None:
-    subprocess.run([sys.executable, "-m", "mlxflow", "run", stage], cwd=job, check=True)
+    # its output goes to standard error: standard output has the lines of JSON alone
+    subprocess.run([sys.executable, "-m", "mlxflow", "run", stage], cwd=job, check=True, stdout=sys.stderr)
 
 
-def _report_facts(artifact: Path) -> dict[str, Any]:
-    import tomllib
+def _report(artifact: Path) -> dict[str, Any]:
+    return tomllib.loads((artifact / "report.toml").read_text())
 
-    report = tomllib.loads((artifact / "report.toml").read_text())
+
+def _facts(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "bits_per_weight": report["bits_per_weight"],
         "calibration_text": report.get("calibration_text", ""),
@@ -221,118 +368,6 @@ def _report_facts(artifact: Path) -> dict[str, Any]:
         "peak_memory_bytes": report["run"].get("peak_memory_bytes", 0),
         "errors_of_blocks": [one["error"] for one in report.get("blocks", [])],
     }
-
-
-class Judge:
-    """Measures quantized models against a dense one on documents, one in a row, cut to the context.
-
-    Args:
-        dense: its folder.
-        job: the folder with the artifact of pretokenize.
-        cache: for the dense model's hidden states.
-        documents: number of documents.
-    """
-
-    def __init__(self, dense: Path, job: Path, cache: Path, *, documents: int) -> None:
-        file = TokenFile.open(job / "artifacts/pretokenize/validation.safetensors")
-        self._rows = document_rows(file, documents)
-        self._counts = (self._rows.marks[:, 1:] & 1).sum(axis=1)
-        tokens = np.asarray(self._rows.tokens)
-        key = {"tokens": tokens.tobytes().hex(), "model": str(dense), "device": str(mx.default_device())}
-        self._reference = cached_reference(
-            lambda: quantized_layers.for_evaluation(model_folder.load(dense, lazy=True)[0]),
-            self._rows,
-            folder=cache,
-            key=digest_json(key),
-            batch_size=32,
-            masks_documents=False,
-        )
-
-    def figures(self, artifact: Path) -> dict[str, float]:
-        """Return perplexities and divergence of a model folder, with standard errors over documents."""
-        model = quantized_layers.for_evaluation(model_folder.load(artifact, lazy=True)[0])
-        columns = compare_positions(self._reference, model, self._rows, batch_size=32, masks_documents=False)
-        ends = np.cumsum(self._counts)
-        sums = np.stack([part.sum(axis=1) for part in np.split(columns, ends[:-1], axis=1)], axis=1)
-        means, errors = zip(*(ratio(one, self._counts) for one in sums), strict=True)
-        increase, increase_error = ratio(sums[1] - sums[0], self._counts)  # paired: the same documents
-        return {
-            "documents": len(self._counts),
-            "tokens": int(self._counts.sum()),
-            "dense_perplexity": math.exp(means[0]),
-            "dense_perplexity_standard_error": math.exp(means[0]) * errors[0],
-            "perplexity": math.exp(means[1]),
-            "perplexity_standard_error": math.exp(means[1]) * errors[1],
-            "nats_lost": increase,
-            "nats_lost_standard_error": increase_error,
-            "kl": means[2],
-            "kl_standard_error": errors[2],
-            "top1_agreement": means[3],
-        }
-
-
-def document_rows(file: TokenFile, count: int) -> Rows:
-    """Return the first documents that are long enough, each in a row of its own, cut to the context or padded."""
-    length = file.context_length + 1
-    chosen = [document for document in file.documents() if len(document) > _FEWEST_TARGETS][:count]
-    tokens, marks = (np.zeros((len(chosen), length), kind) for kind in (np.uint32, np.uint8))
-    for row, document in enumerate(chosen):
-        used = min(length, len(document))
-        tokens[row, :used] = document[:used]
-        marks[row, :used] = 3
-    return Rows(tokens, marks)
-
-
-def ratio(sums: Any, counts: Any) -> tuple[float, float]:
-    """Return the mean over all tokens, and its standard error over documents (ratio estimator).
-
-    Args:
-        sums: over the tokens of each document, (D,).
-        counts: of its tokens, (D,).
-    """
-    mean = float(sums.sum() / counts.sum())
-    number = len(sums)
-    spread = np.square(sums - mean * counts).sum() * number / max(1, number - 1)
-    return mean, float(math.sqrt(spread) / counts.sum())
-
-
-def table_of(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table: one for each model, width and method, its seeds averaged."""
-    yield (
-        "| model | width | method | bits a weight | perplexity | increase | of the best of mlx-lm | KL to dense "
-        "| seconds | resident GB |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    groups: dict[tuple[str, int, int], dict[str, list[dict[str, Any]]]] = {}
-    for line in lines:
-        key = (line["model"], line["bits"], line["group_size"])
-        groups.setdefault(key, {}).setdefault(line["method"], []).append(line)
-    for (model, bits, group_size), methods in groups.items():
-        increases = {name: _increase(some) for name, some in methods.items()}
-        best = min((increases[name] for name in MLX_LM if name in increases), default=math.nan)
-        for name, some in methods.items():
-            perplexity, error = _mean(some, "perplexity"), _mean(some, "perplexity_standard_error")
-            yield (
-                f"| {model} | w{bits}g{group_size} | {name} | {_mean(some, 'bits_per_weight'):.2f} "
-                f"| {perplexity:.2f} ± {error:.2f}{_over_seeds(some)} "
-                f"| {increases[name]:.1%} | {increases[name] / best:.2f} "
-                f"| {_mean(some, 'kl'):.3f} ± {_mean(some, 'kl_standard_error'):.3f} "
-                f"| {_mean(some, 'seconds'):,.0f} | {_mean(some, 'peak_rss_bytes') / 1e9:.2f} |"
-            )
-
-
-def _increase(lines: list[dict[str, Any]]) -> float:
-    return _mean(lines, "perplexity") / _mean(lines, "dense_perplexity") - 1
-
-
-def _mean(lines: list[dict[str, Any]], key: str) -> float:
-    return float(np.mean([line[key] for line in lines]))
-
-
-def _over_seeds(lines: list[dict[str, Any]]) -> str:
-    """Return the standard deviation of the perplexity over calibration seeds, in words; empty for one seed."""
-    found = [line["perplexity"] for line in lines]
-    return f" (seeds: ± {np.std(found, ddof=1):.2f})" if len(found) > 1 else ""
 
 
 if __name__ == "__main__":

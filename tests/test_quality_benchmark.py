@@ -1,11 +1,17 @@
 """The arithmetic of `benchmarks/quality.py`: standard errors over documents, and its table."""
 
+import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.quality import document_rows, ratio, table_of
+from benchmarks import quality
+from benchmarks.quality import UNIFORM, rows_of
+from benchmarks.quality_judge import document_rows, ratio
+from benchmarks.quality_table import table_of
 from mlxflow.data.token_file import TokenFile
 
 
@@ -33,7 +39,7 @@ def test_documents_are_rows_of_their_own_cut_or_padded(built: Path) -> None:
 
 def test_the_table_compares_with_the_best_of_mlx_lm() -> None:
     common = {
-        "model": "m", "bits": 4, "group_size": 64, "bits_per_weight": 4.5, "perplexity_standard_error": 0.1,
+        "model": "m", "size": "w4g64", "nats_lost": 0.1, "bits_per_weight": 4.5, "perplexity_standard_error": 0.1,
         "dense_perplexity": 10.0, "kl": 0.1, "kl_standard_error": 0.01, "seconds": 60.0, "peak_rss_bytes": 1e9,
     }  # fmt: skip
     lines = [
@@ -48,3 +54,46 @@ def test_the_table_compares_with_the_best_of_mlx_lm() -> None:
     ]
     assert rows["block"][4] == "11.20 ± 0.10 (seeds: ± 0.28)"
     assert rows["block"][5:7] == ["12.0%", "0.60"]
+
+
+def _arguments(**changes: Any) -> argparse.Namespace:
+    usual = {
+        "model": "m", "methods": "dense,rtn,gptq,dynamic,scales,uniform,budget", "widths": "3,2", "group_size": 64,
+        "budgets": "3.0", "budget_methods": "rtn", "seeds": "0,1",
+    }  # fmt: skip
+    return argparse.Namespace(**(usual | changes))
+
+
+def test_the_rows_are_what_each_method_has_and_have_names_of_their_own() -> None:
+    rows = list(rows_of(_arguments()))
+    assert [(row.label, row.size) for row in rows if not row.seed] == [
+        ("dense", "dense"),
+        ("rtn", "w3g64"),
+        ("dynamic", "w3g64"),
+        ("scales", "w3g64"),
+        ("rtn", "w2g64"),
+        ("gptq", "w2g64"),
+        ("scales", "w2g64"),
+        ("uniform-rtn", "3.0 bits"),
+        ("budget-rtn", "3.0 bits"),
+    ]
+    assert sum(row.label == "dense" for row in rows) == 1  # it does not depend on the seed
+    assert len({(row.variant, row.seed) for row in rows}) == len(rows)
+    with pytest.raises(SystemExit, match="--methods: gtpq: expected some of dense, rtn"):
+        list(rows_of(_arguments(methods="gtpq")))
+
+
+def test_uniform_plans_have_the_size_of_their_budget() -> None:
+    assert all(bits + 32 / group_size == size for size, (bits, group_size) in UNIFORM.items())
+
+
+def test_no_row_is_begun_after_the_seconds_and_finished_rows_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quality, "_dense", lambda name, folder: folder)
+    parsed = _arguments(folder=tmp_path, device="auto", seconds=-1.0, documents=1, methods="dense,rtn", seeds="0")
+    (tmp_path / "results.jsonl").write_text(json.dumps({"name": "m rtn w3g64 seed 0"}) + "\n")
+    assert quality._run(parsed) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "-1 s are over: 2 rows are left\n"
