@@ -1,8 +1,6 @@
 """Run one stage in this process: device, limits, inputs, a private folder, the report, and publication."""
 
 import platform
-import resource
-import sys
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -12,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mlxflow.device import compute_device, cpu_backend, memory_errors, mlx_environment
+from mlxflow.device import compute_device, cpu_backend, memory_errors, mlx_environment, resident_memory
 from mlxflow.distributed.rank import Rank, of_this_process
 from mlxflow.distributed.rank_failures import reported
 from mlxflow.messages import terminal
@@ -285,13 +283,12 @@ def _describe_run(seconds: float, chosen: str | None, threads: int | None, files
         threads: number of threads of matrix products on the CPU; None on other devices.
         files: names of the files that the run wrote.
     """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = report_structs.RunFacts(
         seconds=seconds,
         device_name=compute_device.processor() if chosen is None else compute_device.name(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        peak_rss_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        peak_rss_bytes=resident_memory.peak_bytes(),
         ended=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         files=tuple(files),
     )
