@@ -25,9 +25,8 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -39,76 +38,15 @@ import mlx.core as mx
 import tomli_w
 
 from benchmarks.quality_judge import Judge, continuations
+from benchmarks.quality_rows import EXTRA, METHODS, STARTS, UNIFORM, Row, rows_of
 from benchmarks.quality_table import table_of, texts_of
 from benchmarks.real_models import MODELS
 from benchmarks.real_texts import texts
 from mlxflow.data.token_file import TokenFile
 from mlxflow.models import model_folder
 from mlxflow.quantization.calibrated import choose_rows
-from mlxflow.quantization.settings import BITS
 
 _IS_TINY = bool(os.environ.get("TINY"))
-
-#: Keys of the `[quantize]` table by name of a method.
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "rtn": {},
-    "gptq": {"method": "gptq"},
-    "awq": {"method": "awq"},
-    "dwq": {"method": "dwq"},
-    "dynamic": {},
-    "block": {"method": "block"},
-    "scales": {"method": "qat", "training": "scales", "distill": True},
-    "uniform": {},
-    "budget": {"candidate_bits": [2, 3, 4], "candidate_group_sizes": [32, 64, 128]},
-    "all": {"method": "qat", "training": "full", "distill": True},
-    "e2e": {"method": "block"},
-    "rotated": {"method": "block", "rotations": 4},
-}
-
-# Methods that are left out unless they are named
-_EXTRA = ("all", "e2e", "rotated")
-
-# Methods that start from the codes of "block"
-_STARTS = ("scales", "all")
-
-# mlx-lm's GPTQ has no 3 bits
-_GPTQ_BITS = (2, 4)
-
-#: Bits and group size of the uniform plan of a size, with scales and biases of 16 bits.
-UNIFORM = {2.5: (2, 64), 3.0: (2, 32), 3.5: (3, 64), 4.0: (3, 32), 4.5: (4, 64)}
-
-
-class Row(NamedTuple):
-    """A row of the benchmark: a method at a width, or at a budget.
-
-    Attributes:
-        method: a name of `METHODS`.
-        size: of the models that are compared: "w4g64", "3.5 bits" or "dense".
-        bits: of a code; of a budget and of the dense model 0.
-        group_size: likewise.
-        budget: stored bits of a weight; 0 without.
-        by: the method of the stage by which a budget, or its uniform rival, learns.
-        seed: of the calibration.
-    """
-
-    method: str
-    size: str
-    bits: int
-    group_size: int
-    budget: float
-    by: str
-    seed: int
-
-    @property
-    def label(self) -> str:
-        """The method for tables, with the one by which it learns."""
-        return f"{self.method}-{self.by}" if self.by else self.method
-
-    @property
-    def variant(self) -> str:
-        """The name of the variant of the stage."""
-        return f"{self.label}_{self.size}".replace(" ", "").replace(".", "p").replace("-", "_")
 
 
 def main() -> None:
@@ -121,7 +59,7 @@ def main() -> None:
     run.add_argument("--seconds", type=float, default=float("inf"), help="after which no further row is begun")
     run.add_argument("--widths", default="4,3,2")
     run.add_argument("--group-size", type=int, default=64)
-    run.add_argument("--methods", default=",".join(name for name in METHODS if name not in _EXTRA))
+    run.add_argument("--methods", default=",".join(name for name in METHODS if name not in EXTRA))
     run.add_argument("--budgets", default="2.5,3.0,3.5", help=f"of {', '.join(map(str, UNIFORM))}")
     run.add_argument("--budget-methods", default="rtn", help="of the stage, such as rtn,block")
     run.add_argument("--seeds", default="0")
@@ -176,31 +114,6 @@ def _run(parsed: argparse.Namespace) -> int:
     return int(failed)
 
 
-def rows_of(parsed: argparse.Namespace) -> Iterator[Row]:
-    """Yield the rows of a run: those of the first seed first, and of each width the quick methods first."""
-    methods = parsed.methods.split(",")
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise SystemExit(f"--methods: {', '.join(unknown)}: expected some of {', '.join(METHODS)}.")
-    order = [name for name in METHODS if name in methods]
-    for place, seed in enumerate(map(int, parsed.seeds.split(","))):
-        if "dense" in order and not place:
-            yield Row("dense", "dense", 0, 0, 0.0, "", seed)
-        for bits in map(int, parsed.widths.split(",")):
-            for method in order:
-                if method not in ("dense", "budget", "uniform") and _has(method, bits):
-                    yield Row(method, f"w{bits}g{parsed.group_size}", bits, parsed.group_size, 0.0, "", seed)
-        for budget in map(float, parsed.budgets.split(",")):
-            for by in parsed.budget_methods.split(","):
-                for method in (name for name in order if name in ("budget", "uniform")):
-                    bits, group_size = UNIFORM[budget] if method == "uniform" else (0, 0)
-                    yield Row(method, f"{budget} bits", bits, group_size, budget, by, seed)
-
-
-def _has(method: str, bits: int) -> bool:
-    """Return whether mlx-lm has a method at a width."""
-    return (method != "gptq" or bits in _GPTQ_BITS) and (method != "dynamic" or bits - 1 in BITS["affine"])
-
-
 def _name(parsed: argparse.Namespace, row: Row) -> str:
     return f"{parsed.model} {row.label} {row.size} seed {row.seed}"
 
@@ -212,7 +125,7 @@ def _measured(parsed: argparse.Namespace, row: Row, dense: Path, job: Path, judg
     started = 0.0
     if row.method != "dense":
         tables = [{"name": row.variant, **_table(parsed, row, dense, job)}]
-        if row.method in _STARTS:
+        if row.method in STARTS:
             block = row._replace(method="block")
             tables.insert(0, {"name": block.variant, **_table(parsed, block, dense, job)})
         _write_workflow(job, parsed, dense, row.seed, tables)
@@ -253,9 +166,9 @@ def _table(parsed: argparse.Namespace, row: Row, dense: Path, job: Path) -> dict
         table["method"] = row.by
     if row.method == "budget":
         table["target_bits_per_weight"] = _room(row, job)
-    elif row.method not in _STARTS:
+    elif row.method not in STARTS:
         table |= {"bits": row.bits, "group_size": row.group_size}
-    if row.method in _STARTS:
+    if row.method in STARTS:
         block = row._replace(method="block")
         table |= {"start": f"quantize:{block.variant}", "num_steps": parsed.scale_steps}
         table["batch_size"] = parsed.batch_size

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import quality
-from benchmarks.quality import UNIFORM, rows_of
 from benchmarks.quality_judge import document_rows, ratio
+from benchmarks.quality_rows import UNIFORM, rows_of
 from benchmarks.quality_table import table_of
 from mlxflow.data.token_file import TokenFile
 
