@@ -59,14 +59,14 @@ def kernels_to_verify() -> list[str]:
     found = [
         *(names.adamw_name(mx.float32, dtype) for dtype in (mx.float32, mx.bfloat16)),
         names.sum_of_squares_name(mx.float32),
-        names.rms_norm_name(mx.bfloat16, 2048),
-        names.block_name(mx.bfloat16, 576),
+        names.rms_norm_name(mx.bfloat16, 2048, is_frozen=False),
+        names.block_name(mx.bfloat16, 576, is_frozen=False),
         *(names.gated_name(kind, mx.bfloat16) for kind in ("silu", "gelu_approx")),
         names.mlp_name("silu", mx.bfloat16),
     ]
     for dtype in (mx.float32, mx.bfloat16):
         found += [
-            names.rms_norm_name(dtype, 128),
+            names.rms_norm_name(dtype, 128, is_frozen=False),
             names.rotary_name(dtype, 64, interleaved=False),
             names.embedding_name(dtype),
             names.cross_entropy_name(dtype),

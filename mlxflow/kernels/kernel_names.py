@@ -11,14 +11,14 @@ def name_of(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def rms_norm_name(dtype: mx.Dtype, width: int) -> str:
-    """Return the name of the norm of rows of a width."""
-    return f"rms_norm/{name_of(dtype)}/{width}"
+def rms_norm_name(dtype: mx.Dtype, width: int, *, is_frozen: bool) -> str:
+    """Return the name of the norm of rows of a width; that with a frozen weight has another backward pass."""
+    return f"rms_norm{'_frozen' * is_frozen}/{name_of(dtype)}/{width}"
 
 
-def block_name(dtype: mx.Dtype, width: int) -> str:
-    """Return the name of the residual sum and norm of rows of a width."""
-    return f"sum_rms_norm/{name_of(dtype)}/{width}"
+def block_name(dtype: mx.Dtype, width: int, *, is_frozen: bool) -> str:
+    """Return the name of the residual sum and norm of rows of a width; see `rms_norm_name`."""
+    return f"sum_rms_norm{'_frozen' * is_frozen}/{name_of(dtype)}/{width}"
 
 
 def gated_name(activation: str, dtype: mx.Dtype) -> str:
@@ -73,6 +73,6 @@ def is_known(name: str) -> bool:
     kind, dtype, *width = name.split("/")
     if kind.startswith("attention"):
         return dtype == "bfloat16" and int(width[0]) <= 128
-    if kind.endswith("rms_norm"):
+    if kind.endswith(("rms_norm", "rms_norm_frozen")):
         return dtype in TYPES and int(width[0]) % 8 == 0 and int(width[0]) <= 8192
     return dtype in TYPES and (not kind.startswith("rotary") or int(width[0]) % 16 == 0)

@@ -15,6 +15,11 @@ from mlxflow.ops.embedding_lookup import lookup, ordered_gradient
 Call = Callable[..., Any]
 
 
+def _is_frozen(norm: nn.Module) -> bool:
+    """Return whether a norm's weight is not trained."""
+    return "weight" not in norm.trainable_parameters()
+
+
 class Norm(msgspec.Struct, frozen=True, tag=True):
     """A root-mean-square norm of rows.
 
@@ -28,16 +33,15 @@ class Norm(msgspec.Struct, frozen=True, tag=True):
 
     def kernel_name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that can replace a layer."""
-        return kernel_names.rms_norm_name(dtype, module.weight.size)
+        return kernel_names.rms_norm_name(dtype, module.weight.size, is_frozen=_is_frozen(module))
 
     def patched_call(self, plain: type[nn.Module], dtype: mx.Dtype) -> Call:
         """Return the `__call__` of a layer of a class with the kernel for a dtype."""
-        function = rms_norm.rms_norm(self.eps, dtype)
 
         def call(layer: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
             if others or named:
                 return plain.__call__(layer, x, *others, **named)
-            return function(x, self.weight(layer))
+            return rms_norm.rms_norm(self.eps, dtype, is_frozen=_is_frozen(layer))(x, self.weight(layer))
 
         return call
 
@@ -226,18 +230,20 @@ class Block(msgspec.Struct, frozen=True, tag=True):
 
     def kernel_name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that can replace a layer."""
-        return kernel_names.block_name(dtype, module[self.norms[0]].weight.size)
+        norms = [module[name] for name in self.norms]
+        return kernel_names.block_name(dtype, norms[0].weight.size, is_frozen=all(map(_is_frozen, norms)))
 
     def patched_call(self, plain: type[nn.Module], dtype: mx.Dtype) -> Call:
         """Return the `__call__` of a layer of a class with the kernel for a dtype."""
-        before = rms_norm.residual_and_norm(self.patterns[0].eps, dtype)
-        between = rms_norm.sum_and_norm(self.patterns[1].eps, dtype)
 
         def call(layer: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
             _, *rest = positional_arguments(plain, x, *others, **named)
             first, second = (
                 pattern.weight(layer[name]) for name, pattern in zip(self.norms, self.patterns, strict=True)
             )
+            is_frozen = all(_is_frozen(layer[name]) for name in self.norms)
+            before = rms_norm.residual_and_norm(self.patterns[0].eps, dtype, is_frozen=is_frozen)
+            between = rms_norm.sum_and_norm(self.patterns[1].eps, dtype, is_frozen=is_frozen)
             past, normal = before(x, first)
             past, normal = between(past, layer[self.inner[0]](normal, *rest), second)
             return past + layer[self.inner[1]](normal)

@@ -11,6 +11,8 @@ two runs are equal to the bit.
 In a transformer block the input of the norm is also the residual: h = x + r, y = norm(h), and later h + ... So the sum
 and its norm are one kernel, and the incoming gradient of the residual, e, is added where dx is written.
 
+Beside adapters the weight is frozen: the backward pass has a variant without the sums of dw.
+
 | takes | |
 | --- | --- |
 | x, r, e, g | fp32 or bf16, (..., D), D a multiple of 8 up to 8192, less than 2^31 numbers |
@@ -25,7 +27,15 @@ import mlx.core as mx
 
 from mlxflow.device.gpu_cores import gpu_cores
 from mlxflow.kernels.codegen import THREADS, KernelSource
-from mlxflow.kernels.rms_norm_source import ADD_SHARES, BACKWARD, FORWARD, SUM_BACKWARD, SUM_FORWARD
+from mlxflow.kernels.rms_norm_source import (
+    ADD_SHARES,
+    BACKWARD,
+    FORWARD,
+    FROZEN_BACKWARD,
+    SUM_BACKWARD,
+    SUM_FORWARD,
+    SUM_FROZEN_BACKWARD,
+)
 from mlxflow.ops.custom_function import custom_function
 
 #: Groups on a core at once; a backward pass has no others. Left to itself the compiler gives a thread of the sum's
@@ -88,6 +98,11 @@ def kernel_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.arr
     return _launch_backward(BACKWARD, [x, weight, incoming, mx.array([eps] * 8)])
 
 
+def kernel_frozen_gradient(x: mx.array, weight: mx.array, eps: float, incoming: mx.array) -> mx.array:
+    """Return the gradient of x alone, as `reference_gradients` does, by the kernel."""
+    return _launch_frozen(FROZEN_BACKWARD, [x, weight, incoming, mx.array([eps] * 8)])
+
+
 def kernel_sum(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """Return what `reference_sum` does, by the kernel."""
     constants, slots = _split(x.shape[-1])
@@ -109,6 +124,13 @@ def kernel_sum_gradients(
     return _launch_backward(SUM_BACKWARD, [h, weight, past, incoming, mx.array([eps] * 8)])
 
 
+def kernel_sum_frozen_gradient(
+    h: mx.array, weight: mx.array, eps: float, past: mx.array, incoming: mx.array
+) -> mx.array:
+    """Return the gradient of h alone, as `reference_sum_gradients` does, by the kernel."""
+    return _launch_frozen(SUM_FROZEN_BACKWARD, [h, weight, past, incoming, mx.array([eps] * 8)])
+
+
 def rows_at_once(width: int) -> int:
     """Return the rows of a width that all groups of a backward pass read in a round."""
     return _max_groups() * _split(width)[1]
@@ -118,10 +140,24 @@ def _max_groups() -> int:
     return _RESIDENT * gpu_cores()
 
 
+def _launch_frozen(source: KernelSource, inputs: list[mx.array]) -> mx.array:
+    x = inputs[0]
+    constants, groups = _backward_groups(x)
+    (dx,) = source.launch(
+        inputs, constants=constants, groups=groups, shapes=[x.shape], dtypes=[x.dtype], resident=_RESIDENT
+    )
+    return dx
+
+
+def _backward_groups(x: mx.array) -> tuple[list[tuple[str, Any]], int]:
+    """Return the constants of a backward pass over rows, and its groups."""
+    constants, slots = _split(x.shape[-1])
+    return constants, min(_max_groups(), -(-(x.size // x.shape[-1]) // slots))
+
+
 def _launch_backward(source: KernelSource, inputs: list[mx.array]) -> tuple[mx.array, mx.array]:
     x, weight = inputs[:2]
-    constants, slots = _split(x.shape[-1])
-    groups = min(_max_groups(), -(-(x.size // x.shape[-1]) // slots))
+    constants, groups = _backward_groups(x)
     dx, shares = source.launch(
         inputs,
         constants=constants,
@@ -147,12 +183,15 @@ def _split(width: int) -> tuple[list[tuple[str, Any]], int]:
 
 
 @functools.cache
-def rms_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
+def rms_norm(
+    eps: float, kernel_dtype: mx.Dtype, *, is_frozen: bool = False
+) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a differentiable function of rows, (..., D), and weight, (D,).
 
     Args:
         eps: added to the mean of the squares.
         kernel_dtype: of arrays that the kernel is used for; others take plain operations.
+        is_frozen: whether the weight is not trained: the kernel computes no gradient of it.
     """
 
     def forward(x: mx.array, weight: mx.array) -> mx.array:
@@ -165,21 +204,25 @@ def rms_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         x, weight = primals
-        gradients = kernel_gradients if _uses_kernel(x, weight, kernel_dtype) else reference_gradients
-        return gradients(x, weight, eps, cotangent)
+        if not _uses_kernel(x, weight, kernel_dtype):
+            return reference_gradients(x, weight, eps, cotangent)
+        if is_frozen:
+            return kernel_frozen_gradient(x, weight, eps, cotangent), mx.zeros_like(weight)
+        return kernel_gradients(x, weight, eps, cotangent)
 
     return cast("Callable[[mx.array, mx.array], mx.array]", function)
 
 
 @functools.cache
 def sum_and_norm(
-    eps: float, kernel_dtype: mx.Dtype
+    eps: float, kernel_dtype: mx.Dtype, *, is_frozen: bool = False
 ) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
     """Return a differentiable function of x and r, (..., D), and weight, (D,), that returns x + r and its norm.
 
     Args:
         eps: added to the mean of the squares.
         kernel_dtype: of arrays that the kernel is used for; others take plain operations.
+        is_frozen: see `rms_norm`.
     """
 
     def forward(x: mx.array, r: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
@@ -193,19 +236,22 @@ def sum_and_norm(
     @function.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         h, weight = outputs[0], primals[2]
-        dh, d_weight = _residual_gradients(h, weight, eps, kernel_dtype, cotangents)
+        dh, d_weight = _residual_gradients(h, weight, eps, kernel_dtype, cotangents, is_frozen=is_frozen)
         return dh, dh, d_weight
 
     return cast("Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]", function)
 
 
 @functools.cache
-def residual_and_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+def residual_and_norm(
+    eps: float, kernel_dtype: mx.Dtype, *, is_frozen: bool = False
+) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
     """Return a differentiable function of x, (..., D), and weight, (D,), that returns x, as the residual, and its norm.
 
     Args:
         eps: added to the mean of the squares.
         kernel_dtype: of arrays that the kernel is used for; others take plain operations.
+        is_frozen: see `rms_norm`.
     """
 
     def forward(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
@@ -217,16 +263,19 @@ def residual_and_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array,
     @function.vjp
     def backward(primals: Any, cotangents: Any, _: Any) -> Any:
         x, weight = primals
-        return _residual_gradients(x, weight, eps, kernel_dtype, cotangents)
+        return _residual_gradients(x, weight, eps, kernel_dtype, cotangents, is_frozen=is_frozen)
 
     return cast("Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]", function)
 
 
 def _residual_gradients(
-    h: mx.array, weight: mx.array, eps: float, kernel_dtype: mx.Dtype, cotangents: Any
+    h: mx.array, weight: mx.array, eps: float, kernel_dtype: mx.Dtype, cotangents: Any, *, is_frozen: bool
 ) -> tuple[mx.array, mx.array]:
-    gradients = kernel_sum_gradients if _uses_kernel(h, weight, kernel_dtype) else reference_sum_gradients
-    return gradients(h, weight, eps, *cotangents)
+    if not _uses_kernel(h, weight, kernel_dtype):
+        return reference_sum_gradients(h, weight, eps, *cotangents)
+    if is_frozen:
+        return kernel_sum_frozen_gradient(h, weight, eps, *cotangents), mx.zeros_like(weight)
+    return kernel_sum_gradients(h, weight, eps, *cotangents)
 
 
 def _uses_kernel(x: mx.array, weight: mx.array, kernel_dtype: mx.Dtype) -> bool:

@@ -45,9 +45,7 @@ _FORWARD_BODY = (
 
 _BACKWARD_BODY = (
     _ROW
-    + """
-  float sums[TIMES][8];
-  for (int t = 0; t < TIMES; ++t) for (int i = 0; i < 8; ++i) sums[t][i] = 0;
+    + """BEGIN_SUMS
   for (int base = group * SLOTS; base < rows; base += groups * SLOTS) {
     const int row = base + slot;
     float xs[TIMES][8], gs[TIMES][8];
@@ -92,8 +90,7 @@ _BACKWARD_BODY = (
       if (row < rows && vector < VECTORS) {
         float ws[8];
         read_8(w + vector * 8, ws);
-        for (int i = 0; i < 8; ++i) {
-          sums[t][i] += gs[t][i] * xs[t][i] * r;
+        for (int i = 0; i < 8; ++i) {ADD_TO_SUMS
           gs[t][i] = gs[t][i] * ws[i] * r - xs[t][i] * common;
         }
         BEFORE_WRITING
@@ -101,7 +98,17 @@ _BACKWARD_BODY = (
       }
     }
   }
-  if (SLOTS == 1) {
+WRITE_SUMS"""
+)
+
+# The parts of the backward pass that add up the gradient of the weight
+_WEIGHT_SUMS = {
+    "BEGIN_SUMS": """
+  float sums[TIMES][8];
+  for (int t = 0; t < TIMES; ++t) for (int i = 0; i < 8; ++i) sums[t][i] = 0;""",
+    "ADD_TO_SUMS": """
+          sums[t][i] += gs[t][i] * xs[t][i] * r;""",
+    "WRITE_SUMS": """  if (SLOTS == 1) {
     for (int t = 0; t < TIMES; ++t) {
       const int vector = lane + t * LANES;
       if (vector < VECTORS) write_8(dw + group * D + vector * 8, sums[t]);
@@ -120,19 +127,30 @@ _BACKWARD_BODY = (
       dw[group * D + first + column] = sum;
     }
   }
+""",
+}
+
+_ADD_RESIDUAL = """
+        float es[8];
+        read_8(e + (row * VECTORS + vector) * 8, es);
+        for (int i = 0; i < 8; ++i) gs[t][i] += es[i];
 """
-)
+
+
+def _backward(name: str, inputs: tuple[str, ...], before_writing: str, *, is_frozen: bool) -> KernelSource:
+    """Return the source of a backward pass; with a frozen weight nothing is added up or written for it."""
+    body = _BACKWARD_BODY.replace("BEFORE_WRITING", before_writing)
+    for mark, text in _WEIGHT_SUMS.items():
+        body = body.replace(mark, "" if is_frozen else text)
+    return KernelSource(name=name, inputs=inputs, outputs=("dx",) if is_frozen else ("dx", "dw"), body=body)
+
 
 FORWARD = KernelSource(
     name="rms_norm", inputs=("x", "w", "eps"), outputs=("y",), body=_FORWARD_BODY.replace("AFTER_READING", "")
 )
 
-BACKWARD = KernelSource(
-    name="rms_norm_backward",
-    inputs=("x", "w", "g", "eps"),
-    outputs=("dx", "dw"),
-    body=_BACKWARD_BODY.replace("BEFORE_WRITING", ""),
-)
+BACKWARD = _backward("rms_norm_backward", ("x", "w", "g", "eps"), "", is_frozen=False)
+FROZEN_BACKWARD = _backward("rms_norm_frozen_backward", ("x", "w", "g", "eps"), "", is_frozen=True)
 
 # The sum of two arrays, rounded as MLX rounds it, and its norm
 SUM_FORWARD = KernelSource(
@@ -151,19 +169,9 @@ SUM_FORWARD = KernelSource(
 )
 
 # The gradient through the norm plus the incoming gradient of the residual
-SUM_BACKWARD = KernelSource(
-    name="sum_rms_norm_backward",
-    inputs=("x", "w", "e", "g", "eps"),
-    outputs=("dx", "dw"),
-    body=_BACKWARD_BODY.replace(
-        "BEFORE_WRITING",
-        """
-        float es[8];
-        read_8(e + (row * VECTORS + vector) * 8, es);
-        for (int i = 0; i < 8; ++i) gs[t][i] += es[i];
-""",
-    ),
-)
+_SUM_INPUTS = ("x", "w", "e", "g", "eps")
+SUM_BACKWARD = _backward("sum_rms_norm_backward", _SUM_INPUTS, _ADD_RESIDUAL, is_frozen=False)
+SUM_FROZEN_BACKWARD = _backward("sum_rms_norm_frozen_backward", _SUM_INPUTS, _ADD_RESIDUAL, is_frozen=True)
 
 ADD_SHARES = KernelSource(
     name="rms_norm_shares",

@@ -74,10 +74,13 @@ def _tolerance(dtype: mx.Dtype) -> float:
     return 2e-5 if dtype == mx.float32 else 2**-7
 
 
-def _norm(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
+def _norm(kind: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
     plain = partial(_norm_and_gradients, lambda x, w: mx.fast.rms_norm(x, w, _EPS))
     inputs = partial(verification_inputs.norm, dtype, int(rest[0]))
     more = (partial(inputs, _norm_size(int(rest[0]))),)
+    if kind.endswith("_frozen"):
+        reference, mlx = partial(_without_last, _norm_reference), mx.compile(partial(_without_last, plain))
+        return Case(inputs, _frozen_norm_kernel, reference, mlx, _tolerance(dtype), more_inputs=more)
     return Case(inputs, _norm_kernel, _norm_reference, mx.compile(plain), _tolerance(dtype), more_inputs=more)
 
 
@@ -86,9 +89,12 @@ def _norm_size(width: int) -> int:
     return (_NORM_ROUNDS * rms_norm.rows_at_once(width) + 3) * width
 
 
-def _sum(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
+def _sum(kind: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
     inputs = partial(verification_inputs.residual_norm, dtype, int(rest[0]))
     more = (partial(inputs, _norm_size(int(rest[0]))),)
+    if kind.endswith("_frozen"):
+        reference, mlx = partial(_without_last, _sum_reference), mx.compile(partial(_without_last, _sum_mlx))
+        return Case(inputs, _frozen_sum_kernel, reference, mlx, _tolerance(dtype), more_inputs=more)
     return Case(inputs, _sum_kernel, _sum_reference, _sum_mlx, _tolerance(dtype), more_inputs=more)
 
 
@@ -209,6 +215,15 @@ def _norm_kernel(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
     return [rms_norm.kernel(x, w, _EPS), *rms_norm.kernel_gradients(x, w, _EPS, g)]
 
 
+def _frozen_norm_kernel(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
+    return [rms_norm.kernel(x, w, _EPS), rms_norm.kernel_frozen_gradient(x, w, _EPS, g)]
+
+
+def _without_last(function: Callable[..., Arrays], *inputs: mx.array) -> Arrays:
+    """Return the results of a function but the last, the gradient of a weight that is frozen here."""
+    return function(*inputs)[:-1]
+
+
 def _norm_reference(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
     x, w, g = (array.astype(mx.float32) for array in (x, w, g))
     return [rms_norm.reference(x, w, _EPS), *rms_norm.reference_gradients(x, w, _EPS, g)]
@@ -217,6 +232,11 @@ def _norm_reference(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
 def _sum_kernel(x: mx.array, r: mx.array, w: mx.array, e: mx.array, g: mx.array) -> Arrays:
     h, y = rms_norm.kernel_sum(x, r, w, _EPS)
     return [h, y, rms_norm.kernel(x, w, _EPS), *rms_norm.kernel_sum_gradients(x, w, _EPS, e, g)]
+
+
+def _frozen_sum_kernel(x: mx.array, r: mx.array, w: mx.array, e: mx.array, g: mx.array) -> Arrays:
+    h, y = rms_norm.kernel_sum(x, r, w, _EPS)
+    return [h, y, rms_norm.kernel(x, w, _EPS), rms_norm.kernel_sum_frozen_gradient(x, w, _EPS, e, g)]
 
 
 def _sum_reference(x: mx.array, r: mx.array, w: mx.array, e: mx.array, g: mx.array) -> Arrays:

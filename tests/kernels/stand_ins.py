@@ -29,6 +29,11 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     put(rms_norm, "kernel_gradients", "reference_gradients")
     put(rms_norm, "kernel_sum", "reference_sum")
     put(rms_norm, "kernel_sum_gradients", "reference_sum_gradients")
+    for kernel, reference in (
+        ("kernel_frozen_gradient", rms_norm.reference_gradients),
+        ("kernel_sum_frozen_gradient", rms_norm.reference_sum_gradients),
+    ):
+        monkeypatch.setattr(rms_norm, kernel, stand_in(f"rms_norm.{kernel}", _first(reference)))
     put(gated_activation, "kernel_gradients", "reference_gradients")
     put(gated_activation, "kernel_joined", "reference_joined")
     put(rotary, "kernel", "reference")
@@ -39,6 +44,10 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     put(adamw, "kernel", "reference")
     put(adamw, "kernel_sum_of_squares", "reference_sum_of_squares")
     return calls
+
+
+def _first(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: function(*arguments)[0]
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from mlxflow.kernels import kernel_names
 @pytest.mark.parametrize(
     ("name", "is_known"),
     [
-        (kernel_names.rms_norm_name(mx.bfloat16, 576), True),
-        (kernel_names.rms_norm_name(mx.float32, 8200), False),
-        (kernel_names.rms_norm_name(mx.float32, 12), False),
-        (kernel_names.rms_norm_name(mx.float16, 576), False),
+        (kernel_names.rms_norm_name(mx.bfloat16, 576, is_frozen=False), True),
+        (kernel_names.rms_norm_name(mx.float32, 8200, is_frozen=False), False),
+        (kernel_names.rms_norm_name(mx.float32, 12, is_frozen=False), False),
+        (kernel_names.rms_norm_name(mx.float16, 576, is_frozen=False), False),
         (kernel_names.attention_name(mx.bfloat16, 64, is_bounded=False), True),
         (kernel_names.attention_name(mx.float32, 64, is_bounded=True), False),
         (kernel_names.attention_name(mx.bfloat16, 256, is_bounded=True), False),
@@ -31,6 +31,6 @@ def test_names_differ_by_variant_type_and_width() -> None:
         *(kernel_names.gated_name(activation, mx.bfloat16) for activation in ("silu", "gelu")),
         *(kernel_names.mlp_name(activation, mx.bfloat16) for activation in ("silu", "gelu")),
         *(kernel_names.adamw_name(mx.float32, gradients) for gradients in (mx.float32, mx.bfloat16)),
-        *(kernel_names.rms_norm_name(mx.bfloat16, width) for width in (64, 128)),
+        *(kernel_names.rms_norm_name(mx.bfloat16, width, is_frozen=False) for width in (64, 128)),
     ]
     assert len(set(names)) == len(names)

@@ -17,6 +17,10 @@ _REST = [
     ("rms_norm", "/8192"),
     ("sum_rms_norm", "/72"),
     ("sum_rms_norm", "/2056"),
+    ("rms_norm_frozen", "/776"),
+    ("rms_norm_frozen", "/2056"),
+    ("sum_rms_norm_frozen", "/72"),
+    ("sum_rms_norm_frozen", "/2056"),
     ("rotary", "/48"),
     ("rotary_interleaved", "/64"),
     ("embedding", ""),
@@ -110,11 +114,20 @@ def test_two_runs_of_a_kernel_are_equal_to_the_bit(name: str, request: pytest.Fi
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["rms_norm/float32/2056", "sum_rms_norm/bfloat16/2056", "rms_norm/bfloat16/1536"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rms_norm/float32/2056",
+        "sum_rms_norm/bfloat16/2056",
+        "rms_norm/bfloat16/1536",
+        "rms_norm_frozen/float32/2056",
+        "sum_rms_norm_frozen/bfloat16/2056",
+    ],
+)
 def test_the_backward_norm_without_its_barrier_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # the barrier before the next row's sums is tested by the stand-in for Metal: on an H200 no thread overtook another
     barrier = "      BARRIER;\n      squares = products"
-    for source in ("BACKWARD", "SUM_BACKWARD"):
+    for source in ("BACKWARD", "SUM_BACKWARD", "FROZEN_BACKWARD", "SUM_FROZEN_BACKWARD"):
         kernel: KernelSource = getattr(rms_norm, source)
         assert kernel.body.count(barrier) == 1
         without = kernel.body.replace(barrier, "      squares = products")

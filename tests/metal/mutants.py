@@ -60,6 +60,14 @@ MUTANTS = {
         "norm, 11 rows of 2056",
         _DIFFERS,
     ),
+    "norm backward with a frozen weight: no barrier before the next row's sums": Mutant(
+        rms_norm,
+        "FROZEN_BACKWARD",
+        "      BARRIER;\n      partial[0]",
+        "      partial[0]",
+        "norm, 11 rows of 2056",
+        _DIFFERS,
+    ),
     "norm backward: no barrier between two parts of the columns": Mutant(
         rms_norm, "BACKWARD", "    BARRIER;\n    if (lane", "    if (lane", "norm, 27 rows of 776", _DIFFERS
     ),

@@ -61,13 +61,15 @@ def random(shape: Sequence[int], seed: int, dtype: mx.Dtype = mx.float32) -> mx.
 
 
 def norm(dtype: mx.Dtype, rows: int, width: int, weight: mx.Dtype | None = None) -> Operation:
-    """Return a norm, forward and backward."""
+    """Return a norm, forward and backward, with a trained and with a frozen weight."""
 
     def kernel(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
-        return [rms_norm.kernel(x, w, _EPS), *rms_norm.kernel_gradients(x, w, _EPS, g)]
+        of_frozen = rms_norm.kernel_frozen_gradient(x, w, _EPS, g)
+        return [rms_norm.kernel(x, w, _EPS), *rms_norm.kernel_gradients(x, w, _EPS, g), of_frozen]
 
     def exact(x: Numbers, w: Numbers, g: Numbers) -> list[Numbers]:
-        return [float64.norm(x, w, _EPS), *float64.norm_gradients(x, w, _EPS, g)]
+        dx, dw = float64.norm_gradients(x, w, _EPS, g)
+        return [float64.norm(x, w, _EPS), dx, dw, dx]
 
     inputs = [
         random((rows, width), 0, dtype),
@@ -85,11 +87,12 @@ def residual_norm(dtype: mx.Dtype, rows: int, width: int) -> Operation:
     h = x + r
 
     def kernel(x: mx.array, r: mx.array, h: mx.array, w: mx.array, e: mx.array, g: mx.array) -> Arrays:
-        return [*rms_norm.kernel_sum(x, r, w, _EPS), *rms_norm.kernel_sum_gradients(h, w, _EPS, e, g)]
+        of_frozen = rms_norm.kernel_sum_frozen_gradient(h, w, _EPS, e, g)
+        return [*rms_norm.kernel_sum(x, r, w, _EPS), *rms_norm.kernel_sum_gradients(h, w, _EPS, e, g), of_frozen]
 
     def exact(_: Any, __: Any, h: Numbers, w: Numbers, e: Numbers, g: Numbers) -> list[Numbers]:
         dh, dw = float64.norm_gradients(h, w, _EPS, g)
-        return [h, float64.norm(h, w, _EPS), dh + e, dw]
+        return [h, float64.norm(h, w, _EPS), dh + e, dw, dh + e]
 
     return Operation([x, r, h, w, e, g], kernel, exact, rows + width)
 

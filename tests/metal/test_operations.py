@@ -29,6 +29,7 @@ def test_metal_would_compile_every_kernel_at_every_size(metal: type[StandInKerne
         operation.kernel(*operation.inputs)
     kernels = {source.instance.split("_mlxflow_")[1].partition("_" + dtype)[0] for source in metal.sources}
     assert {"rms_norm", "rms_norm_backward", "sum_rms_norm", "sum_rms_norm_backward"} <= kernels
+    assert {"rms_norm_frozen_backward", "sum_rms_norm_frozen_backward"} <= kernels
     assert len(metal.sources) > 40
     constants = [
         parameter for source in metal.sources for parameter in source.parameters if "constant" in parameter.type

@@ -15,12 +15,16 @@ from mlxflow.kernels.verification_cases import case_of
 from tests.metal import stand_in
 
 _NORMS = ("rms_norm/float32/776", "rms_norm/float32/4104")  # four rows of a group, and one
+_FROZEN = ("rms_norm_frozen/float32/776", "rms_norm_frozen/float32/4104")
+_FROZEN_SUMS = ("sum_rms_norm_frozen/bfloat16/776", "sum_rms_norm_frozen/bfloat16/4104")
 _SUMS = ("sum_rms_norm/bfloat16/776", "sum_rms_norm/bfloat16/4104")
 
 #: Kernels with loops whose rounds depend on a shape, and the names by which each is verified.
 KERNELS = [
     (rms_norm, "FORWARD", _NORMS),
     (rms_norm, "BACKWARD", _NORMS),
+    (rms_norm, "FROZEN_BACKWARD", _FROZEN),
+    (rms_norm, "SUM_FROZEN_BACKWARD", _FROZEN_SUMS),
     (rms_norm, "ADD_SHARES", _NORMS),
     (rms_norm, "SUM_FORWARD", _SUMS),
     (rms_norm, "SUM_BACKWARD", _SUMS),
@@ -31,7 +35,12 @@ KERNELS = [
 ]
 
 #: Loops whose rounds after the first change no result: they fill what a group without a row never uses.
-_WITHOUT_EFFECT = {"rms_norm BACKWARD body 4", "rms_norm SUM_BACKWARD body 4"}
+_WITHOUT_EFFECT = {
+    "rms_norm BACKWARD body 4",
+    "rms_norm SUM_BACKWARD body 4",
+    "rms_norm FROZEN_BACKWARD body 2",
+    "rms_norm SUM_FROZEN_BACKWARD body 2",
+}
 
 _LOOP = re.compile(r"\bfor \([^;]*; [^;]*; (?:(?P<up>\w+) [+]= [^;{]*?|[+][+](?P<next>\w+))\)(?=\s)")
 

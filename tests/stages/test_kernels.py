@@ -132,6 +132,21 @@ def test_verified_kernels_are_used_and_reported(
     }
 
 
+def test_norms_beside_adapters_compute_no_gradient_of_their_weights(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _choose(monkeypatch, serve=False)
+    _run(folder, "train", folder / "base")
+    (folder / "workflow.toml").write_text(TEXT.replace(_MODEL, _ADAPTERS))
+    asked = _choose(monkeypatch, serve=True)
+    made = _run(folder, "train")
+    norms = {"rms_norm_frozen/float32/32", "sum_rms_norm_frozen/float32/32"}
+    assert norms == {name for name in asked[0] if "rms_norm" in name}
+    assert norms <= set(_kernels(made)[0])
+    assert {"rms_norm.kernel_frozen_gradient", "rms_norm.kernel_sum_frozen_gradient"} <= calls.keys()
+    assert not calls.keys() & {"rms_norm.kernel_gradients", "rms_norm.kernel_sum_gradients"}
+
+
 def test_kernels_that_fail_verification_are_reported_with_the_reason(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
