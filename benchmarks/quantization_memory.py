@@ -33,7 +33,7 @@ _TABLES: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "awq": {"method": "awq"},
     "dwq": {"method": "dwq"},
-    "block": {"method": "block", "block_steps": 2},
+    "block": {"method": "block", "block_steps": 1},
     "rotated": {"rotations": 1},
     "budget": {"target_bits_per_weight": 4.0, "candidate_bits": [3, 4], "candidate_group_sizes": [64]},
     "block-budget": {

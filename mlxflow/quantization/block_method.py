@@ -135,13 +135,17 @@ def learn_blocks(
     first = streams.next_block
     if not first:
         work.write_inputs(recorded, tokens, outside)
+    packed = {path: codes for path, (codes, _) in outside.items()}
+    del outside  # and with it the rounded weights of embedding and head
+    for path in packed:
+        _module(model, path).pop("weight")
+    mx.clear_cache()
     for number, call in enumerate(recorded.calls):
         if number >= first:
             work.learn(number, call)
         remove_weights(_module(model, call.path))
         errors.append(BlockErrors(call.path, *streams.finished(number).errors))
         watch(errors[-1])
-    packed = {path: codes for path, (codes, _) in outside.items()}
     for number in range(len(recorded.calls)):
         packed |= streams.finished(number).packed
     return LearnedBlocks(packed, errors)

@@ -1,5 +1,6 @@
 """The stage `quantize` on the tiny model that the session has trained."""
 
+import functools
 import json
 import math
 import re
@@ -186,8 +187,10 @@ def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest
 )
 def test_qat_of_few_steps_uses_a_lower_learning_rate(table: dict[str, Any], rate: float) -> None:
     written, model = written_settings(Config(method="qat", **table), 64), nn.Linear(4, 4)
-    assert suited(written, model, learning_rate="auto", trains_grids=False).learning_rate == pytest.approx(rate)
-    assert suited(written, model, learning_rate=0.1, trains_grids=False).learning_rate == 0.1
+    suit = functools.partial(suited, written, model, trains_grids=False)
+    assert suit(learning_rate="auto", refines=False).learning_rate == pytest.approx(rate)
+    assert suit(learning_rate="auto", refines=True).learning_rate == pytest.approx(rate / 8)
+    assert suit(learning_rate=0.1, refines=True).learning_rate == 0.1
 
 
 def test_an_infinite_qat_loss_names_the_key_of_quantize(job: Job) -> None:
