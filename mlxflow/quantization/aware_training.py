@@ -119,6 +119,16 @@ def _highest_rate(num_steps: int, *, trains_grids: bool, refines: bool) -> float
     return rate * _FINE_SHARE if refines else rate
 
 
+def _suited(request: AwareTraining, model: nn.Module, layers: Mapping[str, Setting]) -> TrainingSettings:
+    return suited(
+        request.settings,
+        model,
+        learning_rate=request.learning_rate,
+        trains_grids=request.trains != "weights",
+        refines=request.distills and all(setting.bits >= _FINE_BITS for setting in layers.values()),
+    )
+
+
 def train_rounded(
     request: AwareTraining,
     dense: DenseModel,
@@ -147,13 +157,7 @@ def train_rounded(
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     model, names = dense.model, request.names
-    settings = suited(
-        request.settings,
-        model,
-        learning_rate=request.learning_rate,
-        trains_grids=request.trains != "weights",
-        refines=request.distills and all(setting.bits >= _FINE_BITS for setting in layers.values()),
-    )
+    settings = _suited(request, model, layers)
     rows = tokens.train.full_rows(settings.batch_size, names.of("batch_size"), sources=names.sources)
     taught = _taught_rows(request, dense, settings, tokens.train, context)
     _begin(model, settings, names, context)
