@@ -9,8 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,11 +22,11 @@ from mlxflow.quantization.block_method import TOKENS_PER_STEP
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.storage import atomic_folders, state_files
+from mlxflow.quantization.work_records import WorkRecord, read_records, write_records
 from mlxflow.storage.run_context import Context
 from mlxflow.training.progress import duration
 
-_FILE, _FORMAT = "quantize-rates.json", 1
+_FILE = "quantize-rates.json"
 
 # Records of a method that are kept
 _MOST_RECORDS = 8
@@ -35,8 +34,12 @@ _MOST_RECORDS = 8
 # Products of the trial: rows by device, their number, and the widest
 _TRIAL_ROWS, _TRIAL_PRODUCTS, _MOST_WIDTH = {"cpu": 128, "gpu": 4096}, 2, 1024
 
-# Without a record: how many times slower the work is than products alone, and the factor of the interval
-_SLOWER, _UNKNOWN = 2.5, 3.0
+# Seconds that any run takes besides its products: else a small model's would say nothing of a large one's
+_FIXED_SECONDS = 1.0
+
+# Without a record: how many times slower the work is than products alone, by method, and the factor of the interval
+_SLOWER, _UNKNOWN = {"rtn": 1.0, "block": 4.0}, 3.0
+_USUALLY_SLOWER = 2.5
 
 # With records: the smallest factor of the interval, and that of a single record
 _LEAST_FACTOR, _ONE_RECORD = 1.2, 1.6
@@ -47,8 +50,11 @@ _PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 5, "block": 6, "qat": 0}
 # Operations to round a weight to a fitted grid, and to pack it
 _ROUNDING, _PACKING = 1500, 100
 
-# Bytes of the logits that are held at a time when a quality loss is measured
-_MEASURED_BYTES = 300_000_000
+# Bytes of the logits that are held at a time when a quality loss is measured, by device
+_MEASURED_BYTES = {"cpu": 130_000_000, "gpu": 520_000_000}
+
+# Bytes for each weight of a block in its training: positions, averages and gradients, and the weights themselves
+_BLOCK_TRAINING = 36
 
 
 class ModelShape(NamedTuple):
@@ -100,13 +106,6 @@ class QuantizationWork(NamedTuple):
     """The work of a quantization: floating-point operations, and bytes of arrays held together."""
 
     operations: float
-    held_bytes: float
-
-
-class WorkRecord(NamedTuple):
-    """By how much a finished run missed its prediction from products: factors of seconds and of bytes."""
-
-    seconds: float
     held_bytes: float
 
 
@@ -165,16 +164,19 @@ def _method_operations(
 
 def _held_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, row_tokens: int) -> float:
     """Return about the bytes of arrays that are held together at most."""
-    block, hidden = 4.0 * shape.blocks / shape.num_blocks, 4.0 * tokens * shape.hidden_size
+    block, hidden = shape.blocks / shape.num_blocks, 4.0 * tokens * shape.hidden_size
+    outside = shape.num_bytes * (1 - shape.blocks / max(1, shape.parameters))
     step_logits = 16.0 * TOKENS_PER_STEP * shape.vocab_size
     of_method = {
         "rtn": 8.0 * shape.largest,
-        "gptq": shape.num_bytes + 2 * hidden + 8 * block,
-        "awq": shape.num_bytes + 4 * hidden + 8 * block,
-        "dwq": 3.0 * shape.num_bytes + 16.0 * 4 * row_tokens * shape.vocab_size,
-        "block": max(12 * block, 10.0 * 4 * min(shape.largest, 1 << 24)) + 0.2 * shape.num_bytes,
+        "gptq": outside + 2 * hidden + 12 * block,
+        "awq": outside + 8 * hidden + 16 * block,
+        "dwq": 2.0 * shape.num_bytes + 16.0 * 4 * row_tokens * shape.vocab_size,
+        "block": max(_BLOCK_TRAINING * block, 26.0 * min(shape.largest, 1 << 24) + 2 * outside),
         "qat": 0.0,
     }[request.method]
+    if request.budget is not None:  # gradients of the whole model, and what is made of them
+        of_method = max(of_method, 12.0 * shape.parameters + 16.0 * row_tokens * shape.vocab_size)
     if request.method == "block" and request.scale_steps:
         of_method = max(of_method, 1.5 * shape.num_bytes + step_logits)
     if request.training is not None:
@@ -182,7 +184,8 @@ def _held_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, ro
         positions = settings.batch_size * row_tokens
         activations = 64.0 * positions * shape.hidden_size * shape.num_blocks
         of_method = 16.0 * shape.parameters + 16.0 * positions * shape.vocab_size + activations
-    return max(of_method, 1.3 * shape.num_bytes + _MEASURED_BYTES)
+    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
+    return max(of_method, 2 * outside + 8 * block + _MEASURED_BYTES[device])
 
 
 def predicted(exact: float, factors: Sequence[float], *, slower: float) -> PredictedRange:
@@ -239,11 +242,12 @@ def announced(
     dtype = next((layer.weight.dtype for layer in quantizable_layers(dense.model).values()), mx.float32)
     if request.method == "block" and mx.default_device() == mx.cpu:
         dtype = mx.float32  # in which blocks are computed there
-    counted = work.operations / operations_per_second(shape.hidden_size, dtype)
-    file, name = context.state / _FILE, f"{request.method} on {context.device} {compute_device.name()}"
+    counted = _FIXED_SECONDS + work.operations / operations_per_second(shape.hidden_size, dtype)
+    kind = kind_of(request)
+    file, name = context.state / _FILE, f"{kind} on {context.device} {compute_device.name()}"
     records = read_records(file)
     own = records.get(name, [])
-    terminal.say(described(request.method, counted, work.held_bytes, own, task=context.task))
+    terminal.say(described(kind, counted, work.held_bytes, own, task=context.task))
     is_resumed = context.unfinished.is_dir() and any(context.unfinished.iterdir())
     begin = time.perf_counter()
     with phase_peaks.followed() as peak:
@@ -253,17 +257,29 @@ def announced(
         write_records(file, records | {name: [*own, record][-_MOST_RECORDS:]})
 
 
+def kind_of(request: QuantizationRequest) -> str:
+    """Return the method and what else is done besides it, in words: runs of one kind predict each other."""
+    extras = {
+        "rotations": request.rotations,
+        "scales": request.scale_steps,
+        "a budget": request.budget is not None,
+        "distillation": request.training is not None and request.training.distills,
+    }
+    found = [name for name, is_done in extras.items() if is_done]
+    return f"{request.method} with {' and '.join(found)}" if found else request.method
+
+
 def described(method: str, seconds: float, held_bytes: float, records: Sequence[WorkRecord], *, task: str) -> str:
     """Return the line that says what a method will take.
 
     Args:
-        method: of quantization.
-        seconds: of its products alone.
+        method: see `kind_of`.
+        seconds: counted.
         held_bytes: counted.
         records: of earlier runs of the method on this device.
         task: the stage.
     """
-    time_taken = predicted(seconds, [one.seconds for one in records], slower=_SLOWER)
+    time_taken = predicted(seconds, [one.seconds for one in records], slower=_SLOWER.get(method, _USUALLY_SLOWER))
     memory = predicted(held_bytes, [one.held_bytes for one in records], slower=1.0)
     count = len(records)
     source = f"from {count} earlier run{'s' if count > 1 else ''} here" if count else "a guess: it never ran here"
@@ -273,22 +289,3 @@ def described(method: str, seconds: float, held_bytes: float, records: Sequence[
     if memory.high >= 1e7:
         much = f"{memory.value / 1e9:.2g} GB ({memory.low / 1e9:.2g} to {memory.high / 1e9:.2g})"
     return f"{task}: {method} will take {long} and {much}, {source}"
-
-
-def read_records(file: Path) -> dict[str, list[WorkRecord]]:
-    """Return the records of earlier runs by method and device; none if the file is missing or not valid."""
-    try:
-        content: Any = state_files.read(file)
-        return {
-            str(name): [WorkRecord(float(seconds), float(size)) for seconds, size in rows if min(seconds, size) > 0]
-            for name, rows in content["records"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def write_records(file: Path, records: dict[str, list[WorkRecord]]) -> None:
-    """Write the records of runs by method and device."""
-    content = {name: [list(one) for one in rows] for name, rows in records.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_folders.write_whole(file, state_files.encode({"format": _FORMAT, "records": content}))

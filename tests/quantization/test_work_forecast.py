@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,14 +10,13 @@ from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.work_forecast import (
     ModelShape,
-    WorkRecord,
     described,
+    kind_of,
     operations_per_second,
     predicted,
-    read_records,
     work_of,
-    write_records,
 )
+from mlxflow.quantization.work_records import WorkRecord, read_records
 from tests.small_models import llama
 from tests.stages.test_quantize import Job
 from tests.stages.test_quantize import job as job  # a fixture
@@ -29,8 +27,8 @@ def _shape() -> ModelShape:
     return ModelShape.of(model, 60)
 
 
-def _work(method: str, **changes: Any) -> Any:
-    request = QuantizationRequest(
+def _request(method: str, **changes: Any) -> QuantizationRequest:
+    return QuantizationRequest(
         method=method,
         default=Setting("affine", 4, 64),
         rules=[],
@@ -45,7 +43,10 @@ def _work(method: str, **changes: Any) -> Any:
         scale_steps=0,
         rotations=0,
     )._replace(**changes)
-    return work_of(request, _shape(), row_tokens=32, num_rows=64, validation_rows=8)
+
+
+def _work(method: str, **changes: Any) -> Any:
+    return work_of(_request(method, **changes), _shape(), row_tokens=32, num_rows=64, validation_rows=8)
 
 
 def test_the_sizes_are_those_of_the_model() -> None:
@@ -94,13 +95,24 @@ def test_the_line_says_where_the_figures_are_from() -> None:
     )
 
 
-def test_records_are_read_again_and_damaged_ones_are_none(tmp_path: Path) -> None:
-    file = tmp_path / "state" / "rates.json"
-    assert read_records(file) == {}
-    write_records(file, {"gptq on cpu": [WorkRecord(1.5, 0.5)]})
-    assert read_records(file) == {"gptq on cpu": [WorkRecord(1.5, 0.5)]}
-    file.write_bytes(file.read_bytes()[:-3])
-    assert read_records(file) == {}
+def test_runs_of_one_kind_predict_each_other() -> None:
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+    assert kind_of(_request("rtn")) == "rtn"
+    assert kind_of(_request("rtn", rotations=2, budget=budget)) == "rtn with rotations and a budget"
+    assert kind_of(_request("block", scale_steps=3)) == "block with scales"
+
+
+def test_held_memory_follows_one_block_and_not_their_number() -> None:
+    few, many = (
+        ModelShape.of(llama(vocab_size=60, hidden_size=64, num_layers=count, intermediate_size=128)[0], 60)
+        for count in (2, 8)
+    )
+    for method in ("rtn", "gptq", "awq", "block"):
+        held = [
+            work_of(_request(method), shape, row_tokens=32, num_rows=64, validation_rows=8).held_bytes
+            for shape in (few, many)
+        ]
+        assert held[1] == pytest.approx(held[0], rel=0.01), method
 
 
 def test_the_trial_counts_products() -> None:
