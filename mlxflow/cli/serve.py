@@ -9,7 +9,7 @@ from mlxflow.cli.generate import refuse_unfit
 from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError
-from mlxflow.storage import model_files, paths
+from mlxflow.storage import model_files, paths, remote_code
 
 _PORT = 8080
 
@@ -28,7 +28,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     Raises:
         CallError: an argument has no valid value, or the address is in use.
-        ArtifactError: there is no model.
+        ArtifactError: there is no model, or it cannot be opened.
         WorkflowError: the workflow file of a stage has mistakes.
     """
     is_port = 0 < parsed.port < 1 << 16
@@ -52,6 +52,8 @@ def run(parsed: argparse.Namespace) -> None:
             f"{paths.shown(folder)}: its config.json names Python code of its own, {files.code}. Read it, then add "
             "--trust-remote-code to run it."
         )
+    with remote_code.trusting_code(parsed.trust_remote_code):
+        model_server.require_model(folder)
     terminal.say(
         f"mlxflow serve: {parsed.model}: http://{parsed.host}:{parsed.port}/v1 answers OpenAI's API; Ctrl-C ends it"
     )

@@ -5,6 +5,7 @@ that clients with a fixed name work, and no request makes the machine download o
 answer wherever its tokens begin, see `stop_texts`.
 """
 
+import _thread
 import os
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.evaluation.stop_texts import until_stop
-from mlxflow.models import adapter_files
+from mlxflow.evaluation.text_generation import open_template
+from mlxflow.messages.errors import ArtifactError, reason_of
+from mlxflow.models import adapter_files, model_folder
 from mlxflow.ops import mlx_lm_import, patching
 from mlxflow.storage.temporary_files import scratch_folder
+
+
+def require_model(folder: Path) -> None:
+    """Refuse a folder whose model, tokenizer or chat template cannot be opened; no weights are read.
+
+    Args:
+        folder: a model folder.
+
+    Raises:
+        ArtifactError: the reason.
+        SourceError: the tokenizer or the template takes too much time or memory.
+    """
+    tokenizer = GuardedTokenizer(folder)
+    try:
+        model_folder.load(folder, lazy=True)
+        tokenizer.open()
+        open_template(folder, tokenizer.call)
+    finally:
+        tokenizer.close()
 
 
 def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) -> None:
@@ -26,6 +49,9 @@ def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) ->
         host: address to listen on.
         port: of it.
         trusts_code: whether Python code of the folder may run.
+
+    Raises:
+        ArtifactError: mlx-lm cannot open the model.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     arguments = ["--model", str(folder), "--host", host, "--port", str(port)]
@@ -39,20 +65,31 @@ def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) ->
         from mlx_lm import server
 
         sys.argv = ["mlx_lm.server", *arguments]
-        with bound_to_one_model():
-            server.main()
+        with bound_to_one_model() as failures:
+            try:
+                server.main()
+            except KeyboardInterrupt:
+                if not failures:
+                    raise
+        if failures:
+            raise ArtifactError(f"{folder}: mlx-lm cannot open it ({failures[0]}). Make it again.")
 
 
 @contextmanager
-def bound_to_one_model() -> Iterator[None]:
-    """Let mlx-lm's server open its one model for every name, and stop at texts, until the block ends."""
+def bound_to_one_model() -> Iterator[list[str]]:
+    """Let mlx-lm's server open its one model for every name, and stop at texts, until the block ends.
+
+    Yields:
+        why the model could not be opened, if so; the server is interrupted then.
+    """
     from mlx_lm import server
 
-    one = _one_model(server.ModelProvider)
+    failures: list[str] = []
+    one = _one_model(server.ModelProvider, failures)
     stopping = _stopping_at_texts(server.ResponseGenerator)
     changes = ((server, "ModelProvider", one), (server, "ResponseGenerator", stopping))
     with patching.attributes(*changes, by=__name__):
-        yield
+        yield failures
 
 
 def _stopping_at_texts(generator: Any) -> Any:
@@ -69,14 +106,22 @@ def _stopping_at_texts(generator: Any) -> Any:
     return StoppingAtTexts
 
 
-def _one_model(provider: Any) -> Any:
-    """Return a class of mlx-lm's provider of models that opens only the one of its command line."""
+def _one_model(provider: Any, failures: list[str]) -> Any:
+    """Return a class of mlx-lm's provider of models that opens only the one of its command line.
+
+    mlx-lm opens it in the thread that generates, and would leave a server that answers nothing if that failed.
+    """
 
     class OneModel(provider):  # type: ignore[misc]
         """A provider that ignores the name in a request."""
 
         def load(self, *_: object) -> Any:
-            """Return the model."""
-            return super().load("default_model", None, "default_model")
+            """Return the model, or note why it cannot be opened and interrupt the server."""
+            try:
+                return super().load("default_model", None, "default_model")
+            except Exception as error:
+                failures.append(reason_of(error))
+                _thread.interrupt_main()
+                raise SystemExit from error  # ends this thread alone
 
     return OneModel

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,50 @@ def test_what_is_no_model_is_refused(built: Path, tmp_path: Path) -> None:
             assert done.returncode == 2, done.stderr
             assert done.stderr.startswith(message)
             assert len(done.stderr.splitlines()) == 1
+
+
+def _without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def _with_a_bad_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for %}")
+
+
+def _with_half_of_its_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_tokenizer, "model: its tokenizer cannot be opened ("),
+        pytest.param(_with_a_bad_template, "model: its chat template is not valid (", marks=pytest.mark.matrix),
+        pytest.param(_with_half_of_its_weights, "model/model.safetensors: damaged (", marks=pytest.mark.matrix),
+    ],
+)
+def test_a_damaged_model_is_refused_before_it_is_served(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    write_chat_model(tmp_path / "model", special=["<|im_start|>", "<|im_end|>"], template=CHATML)
+    damage(tmp_path / "model")
+    done = mlxflow(tmp_path, "serve", "model", "--port", str(free_port()))
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_model_that_only_mlx_lm_refuses_ends_the_server(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from mlx_lm import server; from mlxflow.evaluation import model_server\n"
+        "server.load = lambda *_, **__: 1 / 0\n"
+        f"model_server.answer_requests(Path('model'), host='127.0.0.1', port={free_port()}, trusts_code=False)"
+    )
+    write_chat_model(tmp_path / "model", special=["<|im_start|>", "<|im_end|>"], template=CHATML)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert "ArtifactError: model: mlx-lm cannot open it (division by zero). Make it again." in done.stderr
 
 
 def test_a_stage_that_is_not_built_is_named_with_the_command(job: Path) -> None:
