@@ -183,7 +183,7 @@ def _held_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, ro
         settings = request.training.settings
         positions = settings.batch_size * row_tokens
         activations = 64.0 * positions * shape.hidden_size * shape.num_blocks
-        of_method = 16.0 * shape.parameters + 16.0 * positions * shape.vocab_size + activations
+        of_method = 32.0 * shape.parameters + 16.0 * positions * shape.vocab_size + activations
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"
     return max(of_method, 2 * outside + 8 * block + _MEASURED_BYTES[device])
 
