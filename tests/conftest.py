@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from mlxflow.ops import mlx_lm_import
 cpu_backend.prepare()  # before any test imports mlx
 cpu_backend.prepare_compiler()
 mlx_lm_import.prepare()  # mlx-lm's own import lowers the limit of open files, and every later process inherits that
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job, and then by all below
 os.environ["MLX_ENABLE_TF32"] = "0"  # fp32 is fp32 in the tests: on CUDA products of it have 10 bits of mantissa else
 
 # By default the same examples in every run; HYPOTHESIS_PROFILE=long looks for new ones.

@@ -35,7 +35,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 def test_every_architecture_case_works(
     jobs: Jobs, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrated, "_AWQ_STEPS", 4)  # few: the search is tested by itself
+    monkeypatch.setattr(calibrated, "_AWQ_STEPS", 8)  # few: the search is tested by itself
     outcome = jobs.case(architecture, name, settings=(SETTINGS[0], SETTINGS[-1]))
     assert outcome.works, outcome.refusal
 
