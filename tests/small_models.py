@@ -41,6 +41,11 @@ def write_llama(
     vocabulary = trained_vocabulary(tokenizer.to_str(), context_length=context_length, template=template)
     save_vocabulary(vocabulary, tokenizer_file=folder / "tokenizer.json", config_file=folder / "tokenizer_config.json")
     model, config = llama(vocab_size=vocabulary.size, context_length=context_length, hidden_size=32, seed=3)
+    save_model(model, config, folder)
+
+
+def save_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Write a model with its configuration into a folder."""
     model_folder.save(
         model=model,
         config=config,

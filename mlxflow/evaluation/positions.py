@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.slices import rows_at_once
@@ -50,14 +51,13 @@ def parts(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[E
         at_once: rows in a batch, B.
         masks_documents: no token attends to another document in its row.
     """
-    for begin in range(0, rows.num_rows, at_once):
-        tokens, marks = (np.asarray(one) for one in rows.batch(begin, begin + at_once))
+    for tokens, marks, pieces in _batches(rows, at_once=at_once, masks_documents=masks_documents):
         chosen = np.flatnonzero(marks[:, 1:] & 1)
         if not len(chosen):
             continue
         yield EvaluationRows(
             mx.array(tokens[:, :-1]),
-            mx.array(marks[:, :-1]) if masks_documents else None,
+            pieces,
             None if len(chosen) == marks[:, 1:].size else mx.array(chosen),
             mx.array(tokens[:, 1:].reshape(-1)[chosen]),
         )
@@ -71,11 +71,18 @@ def all_positions(rows: TokenRows, *, at_once: int, masks_documents: bool) -> It
         at_once: rows in a batch, B.
         masks_documents: no token attends to another document in its row.
     """
-    for begin in range(0, rows.num_rows, at_once):
-        tokens, marks = (np.asarray(one) for one in rows.batch(begin, begin + at_once))
-        pieces = mx.array(marks[:, :-1]) if masks_documents else None
+    for tokens, _, pieces in _batches(rows, at_once=at_once, masks_documents=masks_documents):
         ids = mx.array(tokens.astype(np.int32))
         yield EvaluationRows(ids[:, :-1], pieces, None, ids[:, 1:].reshape(-1))
+
+
+def _batches(
+    rows: TokenRows, *, at_once: int, masks_documents: bool
+) -> Iterator[tuple[NDArray[Any], NDArray[Any], mx.array | None]]:
+    """Yield tokens and marks of consecutive rows, (B, L + 1) each, and the document marks, (B, L), if they count."""
+    for begin in range(0, rows.num_rows, at_once):
+        tokens, marks = (np.asarray(one) for one in rows.batch(begin, begin + at_once))
+        yield tokens, marks, mx.array(marks[:, :-1]) if masks_documents else None
 
 
 def count_positions(rows: TokenRows) -> int:

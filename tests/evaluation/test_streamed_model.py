@@ -13,6 +13,7 @@ from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.models import model_folder
 from mlxflow.quantization.apply import quantize_model_for_inference
+from tests.small_models import save_model
 
 TOKENS = np.random.default_rng(0).integers(0, 128, (12, 33)).astype(np.uint16)
 ROWS = Rows(TOKENS, np.full(TOKENS.shape, 3, np.uint8))
@@ -24,13 +25,7 @@ class _Loads:
     def __init__(self, architecture: str, folder: Path) -> None:
         config = config_of(architecture)
         model = model_folder.build(config, seed=0)
-        model_folder.save(
-            model=model,
-            config=config,
-            config_file=folder / "config.json",
-            model_file=folder / "model.safetensors",
-            provenance={},
-        )
+        save_model(model, config, folder)
         self.folder, self.count = folder, 0
 
     def __call__(self) -> nn.Module:

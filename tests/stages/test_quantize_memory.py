@@ -9,6 +9,7 @@ import pytest
 
 from mlxflow.device import phase_peaks
 from mlxflow.models import model_folder
+from tests.small_models import save_model
 from tests.stages.test_quantize import Job
 from tests.stages.test_quantize import job as job  # a fixture
 
@@ -26,13 +27,7 @@ def _peak(job: Job, num_layers: int, table: dict[str, Any]) -> tuple[int, int]:
     config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     folder.mkdir(exist_ok=True)
     model = model_folder.build(config, seed=0)
-    model_folder.save(
-        model=model,
-        config=config,
-        config_file=folder / "config.json",
-        model_file=folder / "model.safetensors",
-        provenance={},
-    )
+    save_model(model, config, folder)
     del model
     gc.collect()  # weights in reference cycles would count as the stage's
     mx.clear_cache()
