@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,17 +96,25 @@ class Faults:
     Attributes:
         planned: (rank, step) to the signal and its target: "rank" or "supervisor"; each strikes once.
         starts: of rank 0 so far.
+        struck_at: when each signal struck, on the monotonic clock.
+        started_at: when rank 0 started.
     """
 
     def __init__(self) -> None:
         self.planned: dict[tuple[int, int], tuple[signal.Signals, str]] = {}
-        self.starts = 0
+        self.struck_at: list[float] = []
+        self.started_at: list[float] = []
+
+    @property
+    def starts(self) -> int:
+        return len(self.started_at)
 
     def look(self, rank: RunningRank) -> None:
         """Strike, if it is time."""
         for (number, step), (what, target) in list(self.planned.items()):
             if number == rank.number and rank.beat.step >= step:
                 del self.planned[number, step]
+                self.struck_at.append(time.monotonic())
                 if target == "rank":
                     rank.signal(what)
                 else:
@@ -120,7 +129,8 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     class Watched(launcher.RankProcess):
         def __init__(self, launch: launcher.Launch, start: RankStart) -> None:
             super().__init__(launch, start)
-            planned.starts += start.rank.number == 0
+            if start.rank.number == 0:
+                planned.started_at.append(time.monotonic())
 
         def read(self, pipe: int) -> bool:
             is_alive = super().read(pipe)
