@@ -8,10 +8,12 @@ import bz2
 import html
 import json
 import re
+import tempfile
 import zipfile
 from pathlib import Path
 
 from benchmarks.real_models import download
+from mlxflow.storage import atomic_folders
 from tests.journey import pretrained
 
 _PACKAGE = "gensim==4.4.0"
@@ -50,18 +52,20 @@ def texts() -> tuple[Path, Path]:
     articles, news = folder / "articles.jsonl", folder / "news.jsonl"
     if not (articles.is_file() and news.is_file()):
         folder.mkdir(parents=True, exist_ok=True)
-        wheel = download(_PACKAGE, folder)
-        with zipfile.ZipFile(wheel) as archive:
+        with (
+            tempfile.TemporaryDirectory() as own,  # another process may download, too
+            zipfile.ZipFile(download(_PACKAGE, Path(own))) as archive,
+        ):
             pages = bz2.decompress(archive.read(_PAGES)).decode()
             stories = archive.read(_NEWS).decode("latin-1").splitlines()
-        wheel.unlink()
         _write(articles, [text for text in map(_plain, _page_texts(pages)) if len(text) >= _LEAST_ARTICLE])
         _write(news, [text.strip() for text in stories if text.strip()])
     return articles, news
 
 
 def _write(file: Path, documents: list[str]) -> None:
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    content = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    atomic_folders.write_whole(file, content.encode())
 
 
 def _page_texts(pages: str) -> list[str]:

@@ -180,7 +180,10 @@ def stored_matrices(folder: Path, model: nn.Module) -> dict[str, tensor_reading.
             tensors: Any = mx.load(str(links / file))  # lazy: only the header is read
             weights |= tensors
             stored |= tensor_reading.stored_rows(folder / file)
-    taken: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
+    taken = weights
+    if hasattr(model, "sanitize"):  # of a fresh model: some classes remove layers, which fails the second time
+        code = folder if model_files.find(folder).code else None
+        taken = skeleton(config_json.read(folder), code=code).sanitize(dict(weights))
     return {
         name: rows
         for name, rows in stored.items()

@@ -6,12 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from benchmarks.architecture_configs import config_of
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import model_folder
 from mlxflow.quantization import streaming_export
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.streaming_export import Exported
-from tests.small_models import llama
+from tests.small_models import llama, save_model
 
 
 @pytest.fixture
@@ -65,17 +66,31 @@ def test_a_non_finite_weight_is_named_when_streaming_by_rows(folder: Path) -> No
         _export(folder, Setting("affine", 4, 64), by_rows=True)
 
 
-def test_tensors_that_the_architecture_changes_on_loading_are_not_read_by_rows(folder: Path) -> None:
+def test_tensors_that_the_architecture_changes_on_loading_are_not_read_by_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = model_folder.load(folder, lazy=True)
     assert "lm_head.weight" in model_folder.stored_matrices(folder, model)
 
-    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    def sanitize(_: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         changed = {name: value for name, value in weights.items() if "embed" not in name}
         return changed | {"lm_head.weight": weights["lm_head.weight"] + 1}
 
-    assert isinstance(model, nn.Module)
-    model.sanitize = sanitize
+    monkeypatch.setattr(type(model), "sanitize", sanitize)
     names = model_folder.stored_matrices(folder, model)
     assert "lm_head.weight" not in names
     assert "model.embed_tokens.weight" not in names
     assert "model.layers.0.mlp.up_proj.weight" in names
+
+
+def test_an_architecture_that_removes_its_head_on_loading_is_read_by_rows(tmp_path: Path) -> None:
+    config = config_of("gemma3_text")
+    save_model(model_folder.build(config, seed=0), config, tmp_path)
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    tied = {name: value for name, value in weights.items() if name != "lm_head.weight"}
+    assert len(tied) < len(weights)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), tied, {"format": "mlx"})
+    model, _ = model_folder.load(tmp_path, lazy=True)
+    matrices = {name for name, value in tied.items() if value.ndim > 1}
+    assert model_folder.stored_matrices(tmp_path, model).keys() == matrices
