@@ -66,14 +66,26 @@ def record_blocks(model: nn.Module, *, context_length: int, name: str) -> Record
     Raises:
         CallError: the blocks take unusual inputs; names the first such block.
     """
+    found = find_blocks(model, context_length=context_length)
+    if isinstance(found, str):
+        need = "needs blocks that each take only the output of the one before"
+        raise CallError(f'{name}: {need}, and {kind_of_model(model)} has {found}. Use "gptq".')
+    return found
+
+
+def find_blocks(model: nn.Module, *, context_length: int) -> RecordedPass | str:
+    """Return the blocks of a model and how to call each, or what is unusual about them, in words; see `record_blocks`.
+
+    Args:
+        model: in eval mode; its weights may be lazy.
+        context_length: positions of a row, L.
+    """
     blocks = getattr(model, "layers", None)
-    kind = type(model).__module__.rpartition(".")[2]
-    refusal = f'{name}: needs blocks that each take only the output of the one before, and {kind} has {{}}. Use "gptq".'
     if not isinstance(blocks, list) or not blocks or not all(isinstance(block, nn.Module) for block in blocks):
-        raise CallError(refusal.format("no list of blocks"))
+        return "no list of blocks"
     passes = [_recorded(model, blocks, mx.full((1, context_length), token, mx.int32)) for token in (0, 1)]
     if problem := _problem(blocks, passes):
-        raise CallError(refusal.format(problem))
+        return problem
     first = blocks[0]
 
     def embed(tokens: mx.array) -> mx.array:
@@ -81,6 +93,11 @@ def record_blocks(model: nn.Module, *, context_length: int, name: str) -> Record
         return hidden
 
     return RecordedPass([BlockCall(one.path, one.inputs[1:], one.named) for one in passes[0]], embed)
+
+
+def kind_of_model(model: nn.Module) -> str:
+    """Return the name of a model's architecture."""
+    return type(model).__module__.rpartition(".")[2]
 
 
 def after_blocks(model: nn.Module, recorded: RecordedPass, hidden: mx.array, tokens: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxflow.messages.errors import CallError
-from mlxflow.quantization.block_calls import RecordedPass, after_blocks, record_blocks
+from mlxflow.quantization.block_calls import RecordedPass, after_blocks, find_blocks
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.layer_inputs import remove_weights
 from mlxflow.quantization.mlx_lm_patches import following, packed_layers, quiet
@@ -28,7 +28,8 @@ def compensated_layers(
 ) -> dict[str, Packed]:
     """Return the layers of a plan that GPTQ learns.
 
-    A model whose blocks do not each take the output of the one before is learned as a whole, and held in memory.
+    A model whose blocks do not each take the output of the one before is learned as a whole, and held in memory with
+    the Hessians of all layers; `work_forecast` says so before the start.
 
     Args:
         load: returns the dense model in eval mode, with lazy weights of its own.
@@ -41,9 +42,8 @@ def compensated_layers(
         CallError: the Hessian of a layer has no inverse.
     """
     model = load()
-    try:
-        recorded = record_blocks(model, context_length=tokens.shape[1], name=name)
-    except CallError:
+    recorded = find_blocks(model, context_length=tokens.shape[1])
+    if isinstance(recorded, str):
         return _learned(model, plan, tokens, batch_size=batch_size, name=name)
     packed: dict[str, Packed] = {}
     modules = dict(model.named_modules())

@@ -1,73 +1,14 @@
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxflow.quantization import block_calls
 from mlxflow.quantization.bit_allocation import BudgetRequest
-from mlxflow.quantization.quality import QualityLimits
-from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.quantization.settings import Setting
-from mlxflow.quantization.work_forecast import (
-    ModelShape,
-    described,
-    kind_of,
-    operations_per_second,
-    predicted,
-    work_of,
-)
+from mlxflow.quantization.work_forecast import described, kind_of, operations_per_second, predicted
 from mlxflow.quantization.work_records import WorkRecord, read_records
-from tests.small_models import llama
+from tests.quantization.test_work_counts import request_of
 from tests.stages.test_quantize import Job
 from tests.stages.test_quantize import job as job  # a fixture
-
-
-def _shape() -> ModelShape:
-    model, _ = llama(vocab_size=60, hidden_size=64, num_layers=2, intermediate_size=128)
-    return ModelShape.of(model, 60)
-
-
-def _request(method: str, **changes: Any) -> QuantizationRequest:
-    return QuantizationRequest(
-        method=method,
-        default=Setting("affine", 4, 64),
-        rules=[],
-        calibration_rows=changes.pop("rows", 16),
-        budget=None,
-        training=None,
-        limits=QualityLimits(8, 0.0, 0.0),
-        batch_size=4,
-        token_stage="pretokenize",
-        start=None,
-        block_steps=10,
-        scale_steps=0,
-        rotations=0,
-    )._replace(**changes)
-
-
-def _work(method: str, **changes: Any) -> Any:
-    return work_of(_request(method, **changes), _shape(), row_tokens=32, num_rows=64, validation_rows=8)
-
-
-def test_the_sizes_are_those_of_the_model() -> None:
-    shape = _shape()
-    assert shape.num_blocks == 2
-    assert shape.parameters - shape.blocks == 60 * 64  # the embedding, which is the head
-    assert shape.largest == 64 * 128
-    assert shape.hidden_size == 64
-    assert shape.num_bytes == 4 * (shape.parameters + 5 * 64)
-
-
-def test_more_work_takes_longer() -> None:
-    plain = {method: _work(method).operations for method in ("rtn", "gptq", "awq", "dwq", "block")}
-    assert all(plain["rtn"] < value for method, value in plain.items() if method != "rtn")
-    assert _work("block", block_steps=100).operations > 2 * plain["block"]
-    assert _work("block", scale_steps=10).operations > plain["block"]
-    assert _work("gptq", rows=64).operations > plain["gptq"]
-    assert _work("rtn", rotations=4).operations > plain["rtn"]
-    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
-    assert _work("gptq", budget=budget).operations > 4 * plain["gptq"]
-    assert _work("block", scale_steps=10).held_bytes >= _work("block").held_bytes
 
 
 def test_records_narrow_the_interval_around_what_was_measured() -> None:
@@ -97,26 +38,26 @@ def test_the_line_says_where_the_figures_are_from() -> None:
 
 def test_runs_of_one_kind_predict_each_other() -> None:
     budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
-    assert kind_of(_request("rtn")) == "rtn"
-    assert kind_of(_request("rtn", rotations=2, budget=budget)) == "rtn with rotations and a budget"
-    assert kind_of(_request("block", scale_steps=3)) == "block with scales"
-
-
-def test_held_memory_follows_one_block_and_not_their_number() -> None:
-    few, many = (
-        ModelShape.of(llama(vocab_size=60, hidden_size=64, num_layers=count, intermediate_size=128)[0], 60)
-        for count in (2, 8)
-    )
-    for method in ("rtn", "gptq", "awq", "block"):
-        held = [
-            work_of(_request(method), shape, row_tokens=32, num_rows=64, validation_rows=8).held_bytes
-            for shape in (few, many)
-        ]
-        assert held[1] == pytest.approx(held[0], rel=0.01), method
+    assert kind_of(request_of("rtn")) == "rtn"
+    assert kind_of(request_of("rtn", rotations=2, budget=budget)) == "rtn with rotations and a budget"
+    assert kind_of(request_of("block", scale_steps=3)) == "block with scales"
 
 
 def test_the_trial_counts_products() -> None:
     assert 0 < operations_per_second(64, mx.float32) < np.inf
+
+
+def test_gptq_says_why_it_holds_a_whole_model_and_the_forecast_counts_it(
+    job: Job, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_calls, "_problem", lambda *_: "blocks that are called more than once, or not at all")
+    job.run(method="gptq", bits=4, calibration_rows=8, max_validation_rows=8)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "whole" in line]
+    assert lines[0].startswith("quantize: gptq of a whole model will take ")
+    assert lines[1].startswith(
+        "quantize: gptq holds the whole dense model and the Hessians of all its layers, since llama cannot be learned "
+        "block by block: it has blocks that are called more than once, or not at all; that takes 0.0"
+    )
 
 
 @pytest.mark.matrix

@@ -1,0 +1,78 @@
+from typing import Any
+
+import pytest
+
+from mlxflow.quantization.bit_allocation import BudgetRequest
+from mlxflow.quantization.quality import QualityLimits
+from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.work_counts import ModelShape, whole_gptq_bytes, work_of
+from tests.small_models import llama
+
+
+def _shape() -> ModelShape:
+    model, _ = llama(vocab_size=60, hidden_size=64, num_layers=2, intermediate_size=128)
+    return ModelShape.of(model, 60)
+
+
+def request_of(method: str, **changes: Any) -> QuantizationRequest:
+    return QuantizationRequest(
+        method=method,
+        default=Setting("affine", 4, 64),
+        rules=[],
+        calibration_rows=changes.pop("rows", 16),
+        budget=None,
+        training=None,
+        limits=QualityLimits(8, 0.0, 0.0),
+        batch_size=4,
+        token_stage="pretokenize",
+        start=None,
+        block_steps=10,
+        scale_steps=0,
+        rotations=0,
+    )._replace(**changes)
+
+
+def _work(method: str, *, holds_model: bool = False, **changes: Any) -> Any:
+    sizes = {"row_tokens": 32, "num_rows": 64, "validation_rows": 8}
+    return work_of(request_of(method, **changes), _shape(), holds_model=holds_model, **sizes)
+
+
+def test_the_sizes_are_those_of_the_model() -> None:
+    shape = _shape()
+    assert shape.num_blocks == 2
+    assert shape.parameters - shape.blocks == 60 * 64  # the embedding, which is the head
+    assert shape.largest == 64 * 128
+    assert shape.hidden_size == 64
+    assert shape.num_bytes == 4 * (shape.parameters + 5 * 64)
+
+
+def test_more_work_takes_longer() -> None:
+    plain = {method: _work(method).operations for method in ("rtn", "gptq", "awq", "dwq", "block")}
+    assert all(plain["rtn"] < value for method, value in plain.items() if method != "rtn")
+    assert _work("block", block_steps=100).operations > 2 * plain["block"]
+    assert _work("block", scale_steps=10).operations > plain["block"]
+    assert _work("gptq", rows=64).operations > plain["gptq"]
+    assert _work("rtn", rotations=4).operations > plain["rtn"]
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+    assert _work("gptq", budget=budget).operations > 4 * plain["gptq"]
+    assert _work("block", scale_steps=10).held_bytes >= _work("block").held_bytes
+
+
+def test_held_memory_follows_one_block_and_not_their_number() -> None:
+    few, many = (
+        ModelShape.of(llama(vocab_size=60, hidden_size=64, num_layers=count, intermediate_size=128)[0], 60)
+        for count in (2, 8)
+    )
+    for method in ("rtn", "gptq", "awq", "block"):
+        held = [
+            work_of(request_of(method), shape, row_tokens=32, num_rows=64, validation_rows=8).held_bytes
+            for shape in (few, many)
+        ]
+        assert held[1] == pytest.approx(held[0], rel=0.01), method
+
+
+def test_a_model_that_gptq_learns_as_a_whole_is_counted_with_all_hessians() -> None:
+    usual, whole = (_work("gptq", holds_model=holds) for holds in (False, True))
+    assert whole.held_bytes >= usual.held_bytes
+    assert whole_gptq_bytes(_shape()) > _shape().num_bytes + 4 * _shape().square_widths
