@@ -34,6 +34,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
 
 from benchmarks import slow_link
+from benchmarks.processes import let_children_import_checkout
 from benchmarks.shapes import TINY_LLAMA
 from benchmarks.training_ours import Variant, ours
 from benchmarks.training_peers import LARGE, REFERENCE, Job, mlx_lm
@@ -206,6 +207,7 @@ def run_row(row: str, name: str) -> None:
 
 
 if __name__ == "__main__":
+    let_children_import_checkout()
     match sys.argv[1:]:
         case ["row", row, job]:
             run_row(row, job)

@@ -15,7 +15,8 @@
 | 1b-full | a dense model of 1.2 billion parameters, all trained, 4 x 2,048 tokens |
 
 Every step trains on the same rows, so that losses of all rows can be compared. Peaks are MLX's (or PyTorch's) counter,
-which mlx-lm's command reports to its callback, and the process's own memory. Prints one line of JSON a row.
+which mlx-lm's command reports to its callback, and the process's own memory. Prints one line of JSON a row; of ours it
+names the kernels that were used, and under "refused" the others, each with the reason.
 `FINETUNE_FOLDER` names where model folders are kept; a temporary folder by default.
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
 from benchmarks import finetune_parts, finetune_rows
 from benchmarks.finetune_folder import JOBS, make
+from benchmarks.processes import let_children_import_checkout
 from mlxflow.device import cpu_backend
 
 Row = Callable[..., None]
@@ -97,5 +99,6 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
+    let_children_import_checkout()
     cpu_backend.prepare()
     _main()

@@ -98,7 +98,8 @@ def ours(row: str, job: Job, folder: Path, *, checkpointing: str | int = "none",
     records = [log for log in logs if log["kind"] == "train"]
     ends = [record["seconds"] for record in records]
     speed = Speed(np.diff(ends).tolist(), [record["loss"] for record in records], result.peak_memory_bytes)
-    figures |= {"kernels": list(use.selected), "to_first_step_seconds": round(started - begin + ends[0], 1)}
+    figures |= {"kernels": list(use.selected), "refused": dict(use.refused)}
+    figures |= {"to_first_step_seconds": round(started - begin + ends[0], 1)}
     print_speed(row, job, speed, limit_gb=limit_gb, **figures)
 
 

@@ -33,6 +33,8 @@ from typing import Any
 
 import mlx.core as mx
 
+sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
+from benchmarks.processes import let_children_import_checkout
 from mlxflow.device import cpu_backend
 
 ROWS, CALLS, ROUNDS = 16 * 1024, 10, 7
@@ -341,5 +343,6 @@ def _operations() -> None:
 
 
 if __name__ == "__main__":
+    let_children_import_checkout()
     cpu_backend.prepare()
     _main()

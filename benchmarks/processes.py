@@ -19,6 +19,12 @@ print("peak", peak)
 """
 
 
+def let_children_import_checkout() -> None:
+    """Put this checkout first on the import path of child processes, also of those that verify kernels."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
 def run_script(script: str, *arguments: str, cwd: Path | None = None) -> tuple[float, float]:
     """Run a Python script in a process of its own; return its seconds and its peak memory, without its children."""
     code = f"import sys\n{script}\n{_PRINT_PEAK}"

@@ -37,6 +37,7 @@ cpu_backend.prepare()
 import mlx.core as mx
 import tomli_w
 
+from benchmarks.processes import let_children_import_checkout
 from benchmarks.quality_judge import Judge, continuations
 from benchmarks.quality_rows import EXTRA, METHODS, STARTS, UNIFORM, Row, rows_of
 from benchmarks.quality_table import table_of, texts_of
@@ -284,4 +285,5 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    let_children_import_checkout()
     main()

@@ -32,6 +32,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
 from benchmarks.conversion import convert, write
+from benchmarks.processes import let_children_import_checkout
 from benchmarks.quantization_job import WORKFLOW, Job, print_row, uniform_plan
 from benchmarks.quantization_memory import memory
 from benchmarks.quantization_quality import budget, learned, qat, recovery
@@ -152,6 +153,7 @@ PARTS = {
 }
 
 if __name__ == "__main__":
+    let_children_import_checkout()
     if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
         sys.exit(__doc__)
     cpu_backend.prepare()

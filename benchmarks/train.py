@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
+from benchmarks.processes import let_children_import_checkout
 from benchmarks.training_corpus import CPU_LENGTH, STEPS_OF, tokenize_corpus, train_by_mlx_lm, train_by_mlxflow
 from benchmarks.training_ours import Variant, ours
 from benchmarks.training_peers import LARGE, REFERENCE, Job, matrix_product, mlx_lm, naive, pytorch
@@ -109,5 +110,6 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
+    let_children_import_checkout()
     cpu_backend.prepare()
     _main()

@@ -8,7 +8,7 @@ from mlxflow.kernels import cache
 from mlxflow.kernels.codegen import language
 from mlxflow.kernels.early_start import COMMAND, WAITING, EarlyVerifier, cache_file, lock_file
 from mlxflow.kernels.fingerprint import environment
-from mlxflow.kernels.verifier_process import VerificationResult, Verifier
+from mlxflow.kernels.verifier_process import Verification, VerificationResult, Verifier
 from mlxflow.messages import terminal
 from mlxflow.storage.locks import hold
 
@@ -116,6 +116,8 @@ def verify_all(
 ) -> dict[str, VerificationResult]:
     """Return the result of each kernel, from the cache if possible; print why new ones are not used.
 
+    A failure of the verifier before it is ready for the kernels says nothing about them and is not cached.
+
     Where two processes want the same kernels, one verifies and the other waits.
 
     Args:
@@ -132,17 +134,37 @@ def verify_all(
         known = known_results(place)
         missing = [name for name in names if name not in known]
         if missing:
-            known |= _verify(missing, verifier, process, meanwhile)
+            verification = _verify(missing, verifier, process, meanwhile)
+            known |= verification.results
             keep_results(place, known)
-            for name in missing:
-                if not known[name].passed:
-                    terminal.say(f"GPU kernel {name} is not used on this device: {known[name].reason}")
+            _say_refused({name: known[name].reason for name in missing if name in known and not known[name].passed})
+            known |= _unverified([name for name in missing if name not in known], verification.failure)
     return {name: known[name] for name in names}
+
+
+def _say_refused(reasons: Mapping[str, str]) -> None:
+    """Print why kernels are refused, each reason once."""
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason]
+        terminal.say(f"{_kernels(names)} not used on this device: {reason}")
+
+
+def _unverified(names: Sequence[str], failure: str) -> dict[str, VerificationResult]:
+    """Return results, not to be cached, of kernels that the verifier did not get to; print why."""
+    if names:
+        terminal.say(
+            f"{_kernels(names)} not used in this run, the next one verifies again. Verification failed: {failure}"
+        )
+    return dict.fromkeys(names, VerificationResult(False, f"not verified: {failure}"))
+
+
+def _kernels(names: Sequence[str]) -> str:
+    return f"GPU kernel {names[0]} is" if len(names) == 1 else f"GPU kernels {', '.join(names)} are"
 
 
 def _verify(
     names: Sequence[str], verifier: Verifier, process: "VerifierProcess | None", meanwhile: Callable[[], object]
-) -> dict[str, VerificationResult]:
+) -> Verification:
     """Verify kernels in other processes; print what is waited for."""
 
     def compiling() -> None:

@@ -284,6 +284,7 @@ def main(arguments: list[str]) -> None:
         with _timed("loading common operations", report_seconds):
             load_common_operations(requests.have_names.is_set)
         names, is_stopped = requests.names(), requests.is_stopped.is_set
+        print("ready", flush=True)  # from here on a failure may be a kernel's
     with suppress(StopRequested):
         make_ready(names, is_stopped, report_seconds)
         for name in names:

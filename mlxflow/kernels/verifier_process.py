@@ -47,19 +47,39 @@ class VerifierOutput(NamedTuple):
         begun: the kernel that it began last; empty for none.
         failure: how the process failed; empty if it succeeded or is still running.
         is_cold: whether it still runs, and has been at one kernel for so long that MLX must be compiling.
+        is_ready: whether it got as far as the kernels; if not, its failure says nothing about any of them.
     """
 
     results: dict[str, VerificationResult]
     begun: str
     failure: str
     is_cold: bool = False
+    is_ready: bool = True
+
+    @property
+    def reason(self) -> str:
+        """Why a kernel has no result."""
+        return self.failure or "its verification printed no result"
+
+
+class Verification(NamedTuple):
+    """What came out of the verification of some kernels.
+
+    Attributes:
+        results: of the kernels that were verified.
+        failure: how the verifier failed before it was ready for the others; empty if there are none.
+    """
+
+    results: dict[str, VerificationResult]
+    failure: str = ""
 
 
 class VerifierProcess:
     """A verifier subprocess. It may start before the kernel names are known; it is killed when the context exits.
 
     It reads the names from a line of its input. A second line asks it to stop: to finish what it is compiling and to
-    time nothing. It ends when its input does, so also when this process dies.
+    time nothing. It ends when its input does, so also when this process dies. Before the first
+    kernel it prints "ready".
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -76,6 +96,7 @@ class VerifierProcess:
             )
             self._opened = opened.pop_all()
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._is_ready = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -129,14 +150,15 @@ class VerifierProcess:
             except queue.Empty:
                 if is_short:
                     return VerifierOutput(results, begun, "", is_cold=True)
-                return VerifierOutput(results, begun, f"its process printed nothing for {limit_seconds:g} s")
+                failure = f"its process printed nothing for {limit_seconds:g} s"
+                return VerifierOutput(results, begun, failure, is_ready=self._is_ready)
             if line is None:
-                return VerifierOutput(results, begun, self._failure())
-            if line.startswith("begin "):
+                return VerifierOutput(results, begun, self._failure(), is_ready=self._is_ready)
+            if line.strip() == "ready":
+                self._is_ready = True
+            elif line.startswith("begin "):
                 begun, is_at_kernel = line.removeprefix("begin ").strip(), True
-                continue
-            parsed = _parse_result(line)
-            if parsed is not None:
+            elif (parsed := _parse_result(line)) is not None:
                 results[parsed[0]] = parsed[1]
                 is_at_kernel = False
         return VerifierOutput(results, begun, "")
@@ -177,8 +199,8 @@ class Verifier(NamedTuple):
         names: Sequence[str],
         process: VerifierProcess | None = None,
         meanwhile: Callable[[], object] = lambda: None,
-    ) -> dict[str, VerificationResult]:
-        """Return the result of each kernel.
+    ) -> Verification:
+        """Return the result of each kernel that could be verified.
 
         One process verifies them one after another. If MLX has to compile its own operations for them, that process
         stops, all kernels are compiled at the same time, and then another process verifies them alone on the device:
@@ -200,13 +222,15 @@ class Verifier(NamedTuple):
             missing = [name for name in batch if name in left]
             if output.is_cold:
                 cold_seconds = None
+            elif not output.is_ready:
+                return Verification(results, output.reason)
             elif output.failure and not output.begun and len(missing) > 1:  # which one failed shows when each is alone
                 is_alone = True
             elif missing:
                 failed = output.begun if output.begun in missing else missing[0]
-                results[failed] = VerificationResult(False, output.failure or "its verification printed no result")
+                results[failed] = VerificationResult(False, output.reason)
                 left.remove(failed)
-        return results
+        return Verification(results)
 
     def _verify_batch(
         self,
@@ -242,7 +266,7 @@ class Verifier(NamedTuple):
             outputs[begun] = first.result()
         refused = {}
         for name, output in outputs.items():
-            failure = VerificationResult(False, output.failure) if output.failure else None
+            failure = VerificationResult(False, output.failure) if output.failure and output.is_ready else None
             result = output.results.get(name, failure)
             if result is not None and not result.seconds:  # a time measured beside compilations is measured again
                 refused[name] = result

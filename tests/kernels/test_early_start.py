@@ -143,7 +143,8 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
         "import signal, sys, threading\nfrom mlxflow.kernels import registry\nregistry.language = lambda: 'metal'\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell ignores it
         f"with registry.begin(command={command!r}) as ahead:\n    print(ahead.process._process.pid, flush=True)\n"
-        f"    if {is_told}:\n        ahead.process.send(['a']); print(ahead.process._lines.get(), end='', flush=True)\n"
+        f"    if {is_told}:\n        ahead.process.send(['a'])\n"
+        "        print(ahead.process._lines.get() + ahead.process._lines.get(), end='', flush=True)\n"
         "    threading.Event().wait()"
     )
     parent = subprocess.Popen(
@@ -153,7 +154,7 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
         assert parent.stdout is not None
         number = int(parent.stdout.readline())
         if is_told:
-            assert parent.stdout.readline() == "begin a\n"
+            assert [parent.stdout.readline() for _ in range(2)] == ["ready\n", "begin a\n"]
         parent.send_signal(ending)
     _wait_for_end(number)
 

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from tests.conftest import REPOSITORY
 
 _GOOD = 'print(\'begin \' + NAME); print(\'{"name": "\' + NAME + \'", "passed": true, "reason": ""}\', flush=True)'
 _BEGIN = "print('begin ' + NAME, flush=True); "
+_RESULT = {"name": "a", "passed": True, "reason": ""}
+_LOST = "not verified: its process ended with code 9"
 _HANG = "__import__('threading').Event().wait()"
 
 
@@ -26,7 +29,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _prover(body: str) -> list[str]:
-    return [sys.executable, "-c", f"import sys\nfor NAME in sys.stdin.readline().split():\n    {body}"]
+    start = "import sys\nNAMES = sys.stdin.readline().split()\nprint('ready', flush=True)"
+    return [sys.executable, "-c", f"{start}\nfor NAME in NAMES:\n    {body}"]
 
 
 def _outcomes(
@@ -123,7 +127,7 @@ def read_only_cache() -> Iterator[Path]:
 
 
 def test_a_read_only_cache_is_read_and_missing_results_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = 'echo \'{"name": "b", "passed": true, "reason": ""}\''
+    told = 'echo ready; echo \'{"name": "b", "passed": true, "reason": ""}\''
     with read_only_cache() as room:
         monkeypatch.setenv("XDG_CACHE_HOME", str(room))
         for _ in range(2):
@@ -223,14 +227,52 @@ def test_the_kernel_begun_last_is_blamed_for_a_hang_or_crash(tmp_path: Path, the
 
 
 def test_a_kernel_that_crashes_its_process_before_it_begins_is_found() -> None:
-    body = f"'b' in NAMES and sys.exit(7); {_GOOD}"
-    command = [
-        sys.executable,
-        "-c",
-        f"import sys\nNAMES = sys.stdin.readline().split()\nfor NAME in NAMES:\n    {body}",
+    assert _outcomes(f"'b' in NAMES and sys.exit(7); {_GOOD}", "a", "b", "c") == {"a": True, "b": False, "c": True}
+    assert _reason("b") == "its process ended with code 7"
+
+
+@pytest.mark.parametrize(
+    ("program", "failure"),
+    [
+        (
+            "import no_such_module",
+            "its process ended with code 1: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("import os; os.kill(os.getpid(), 9)", "its process ended with code -9"),
+        (_HANG, "its process printed nothing for 1 s"),
+        ("pass", "its verification printed no result"),
+    ],
+)
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
+def test_a_verifier_that_fails_before_the_kernels_refuses_them_for_this_run_only(
+    names: list[str], program: str, failure: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    starts = tmp_path / "starts"
+    command = [sys.executable, "-c", f"open({str(starts)!r}, 'a').write('x'); {program}"]
+    found = registry.verify_all(names, "here", Verifier(command, None, 1))
+    assert found == dict.fromkeys(names, verifier_process.VerificationResult(False, f"not verified: {failure}"))
+    kernels = "GPU kernel a is" if len(names) == 1 else "GPU kernels a, b, c are"
+    assert capfd.readouterr().err.splitlines()[1:] == [
+        f"{kernels} not used in this run, the next one verifies again. Verification failed: {failure}"
     ]
+    assert starts.read_text() == "x", "one process shows it, not one a kernel"
+    assert _outcomes(_GOOD, *names) == dict.fromkeys(names, True)
+
+
+def test_results_from_before_the_failure_of_a_verifier_are_cached(tmp_path: Path) -> None:
+    crash = f"{_BEGIN}open({str(tmp_path / 'crashed')!r}, 'w'); sys.exit(7)"
+    command = _prover(f"NAME == 'a' and print('begin a\\n' + {json.dumps(_RESULT)!r})\n    if NAME == 'b': {crash}")
+    command[2] = f"import os\nif os.path.exists({str(tmp_path / 'crashed')!r}): raise SystemExit(9)\n{command[2]}"
     found = registry.verify_all(["a", "b", "c"], "here", Verifier(command, None, 20))
-    assert [result.passed for result in found.values()] == [True, False, True]
+    assert [result.reason for result in found.values()] == ["", "its process ended with code 7", _LOST]
+    assert sorted(registry.known_results("here")) == ["a", "b"]
+
+
+def test_a_reason_shared_by_kernels_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
+    body = _BEGIN + "NAME in 'ac' and sys.exit(1); " + _GOOD
+    assert _outcomes(body, "a", "b", "c") == {"a": False, "b": True, "c": False}
+    line = "GPU kernels a, c are not used on this device: its process ended with code 1"
+    assert capfd.readouterr().err.splitlines()[1:] == [line]
 
 
 # --- a process that is started ahead
