@@ -19,7 +19,7 @@ from mlxflow.messages.errors import CallError
 from mlxflow.quantization.block_calls import BlockCall, RecordedPass, record_blocks
 from mlxflow.quantization.block_training import BlockRows, relative_error, train_block
 from mlxflow.quantization.codec import Packed, unpack
-from mlxflow.quantization.error_compensation import Compensation
+from mlxflow.quantization.error_compensation import Compensations
 from mlxflow.quantization.grids import first_grid, nearest
 from mlxflow.quantization.hidden_streams import HiddenStreams
 from mlxflow.quantization.layer_inputs import input_products, other_weights, remove_weights
@@ -234,17 +234,22 @@ class _BlockWork:
         layers: dict[str, GridLayer] = {}
         arrays: dict[str, Trained] = {}
         products = input_products(block, list(settings), run, self._streams.spans())
+        compensations = Compensations(
+            {path: one for path, one in products.items() if one.shape[-1] == modules[path].weight.shape[-1]}
+        )
+        del products
         for path, setting in settings.items():
             weight = modules[path].weight
             grid = first_grid(weight, setting)
-            inputs = products.pop(path, None)
-            if inputs is not None and inputs.shape[-1] == weight.shape[-1]:
-                compensation = Compensation(numpy_of(inputs))
-                numbers = (numpy_of(one.astype(mx.float32)) for one in (weight, grid))
-                weight = mx.array(compensation.applied(*numbers, nearest=nearest(setting)))
+            mx.eval(grid)
+            if (compensation := compensations.take(path)) is not None:
+                numbers = [one.astype(mx.float32) for one in (weight, grid)]
+                views = (numpy_of(one, copy=False) for one in numbers)
+                weight = mx.array(compensation.applied(*views, nearest=nearest(setting)))
+                del compensation, numbers  # before the next layer has its own
             dtypes = modules[path].weight.dtype, stored[path]
             layers[path], arrays[path] = GridLayer.begin(weight, setting, grid, dtypes=dtypes)
-        mx.eval(arrays)
+            mx.eval(arrays[path])
         return layers, arrays
 
     def _error(self, number: int) -> float:

@@ -15,6 +15,9 @@ from mlxflow.quantization.affine_grid import best_grid
 from mlxflow.quantization.codec import Packed, pack, symmetric_grid, unpack
 from mlxflow.quantization.settings import Setting
 
+# Numbers of a matrix whose grids are searched at a time: intermediate results are ten times as large
+_NUMBERS_AT_ONCE = 1 << 24
+
 # The scale 1 as it is stored in the floating-point modes
 _ONE = {"mxfp4": 127, "mxfp8": 127, "nvfp4": 56}
 
@@ -31,10 +34,21 @@ def first_grid(weight: mx.array, setting: Setting) -> mx.array:
         weight: (..., N); the group size G divides N.
         setting: of any mode.
     """
+    width = weight.shape[-1]
+    rows = weight.reshape(-1, width)
+    step = max(1, _NUMBERS_AT_ONCE // width)
+    parts = [_best(rows[begin : begin + step], setting) for begin in range(0, len(rows), step)]
+    return mx.concatenate(parts, axis=1).reshape(2, *weight.shape[:-1], -1)
+
+
+def _best(rows: mx.array, setting: Setting) -> mx.array:
     if is_float(setting):
-        scales = float_grid.best_scales(weight, setting)
-        return mx.stack([scales, mx.zeros_like(scales)])
-    return (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
+        scales = float_grid.best_scales(rows, setting)
+        grid = mx.stack([scales, mx.zeros_like(scales)])
+    else:
+        grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(rows, setting)
+    mx.eval(grid)
+    return grid
 
 
 def pack_on(weight: mx.array, setting: Setting, grid: mx.array) -> Packed:

@@ -17,7 +17,7 @@ def input_products(
 ) -> dict[str, mx.array]:
     """Return for each layer the sum over the inputs of its products of x x^T, (D, D), in fp32.
 
-    Layers that read one array share its product. Lookups of an embedding have none; its use as a head has.
+    Layers that read one array in all calls share its product. Lookups of an embedding have none; its use as a head has.
 
     Args:
         module: contains the layers.
@@ -25,33 +25,39 @@ def input_products(
         run: computes it on consecutive rows.
         spans: the first row, and one past the last, of each call of `run`.
     """
-    sums: dict[str, mx.array] = {}
-    seen: dict[int, tuple[mx.array, mx.array]] = {}
+    sums: dict[tuple[str, ...], mx.array] = {}
+    seen: dict[int, tuple[mx.array, list[str]]] = {}
 
-    def adding(path: str) -> Callable[[Any], Any]:
+    def noting(path: str) -> Callable[[Any], Any]:
         def make(call: Any) -> Any:
-            def added_call(self: Any, x: mx.array, *others: Any, **named: Any) -> Any:
-                if id(x) not in seen:
-                    rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-                    seen[id(x)] = x, rows.T @ rows
-                product = seen[id(x)][1]
-                sums[path] = sums[path] + product if path in sums else product
+            def noted_call(self: Any, x: mx.array, *others: Any, **named: Any) -> Any:
+                seen.setdefault(id(x), (x, []))[1].append(path)
                 return call(self, x, *others, **named)
 
-            return added_call
+            return noted_call
 
         return make
+
+    def add(x: mx.array, readers: tuple[str, ...]) -> None:
+        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        product = rows.T @ rows
+        sums[readers] = sums[readers] + product if readers in sums else product
+        mx.eval(sums[readers])
 
     modules = dict(module.named_modules())
     with ExitStack() as stack:
         for path in paths:
             name = "as_linear" if hasattr(modules[path], "as_linear") else "__call__"
-            stack.enter_context(layer_method(modules[path], name, adding(path), by=__name__))
+            stack.enter_context(layer_method(modules[path], name, noting(path), by=__name__))
         for span in spans:
             run(*span)
-            mx.eval(list(sums.values()))
-            seen.clear()
-    found = dict(sums)
+            while seen:
+                x, own = seen.pop(next(iter(seen)))
+                add(x, tuple(own))
+    found: dict[str, mx.array] = {}
+    for readers, product in sums.items():
+        for path in readers:
+            found[path] = found[path] + product if path in found else product
     sums.clear()  # see `layer_method`
     return found
 

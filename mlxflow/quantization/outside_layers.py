@@ -51,7 +51,7 @@ def round_outside(
         else:
             if hasattr(layers[path], "as_linear"):
                 inputs = inputs + mx.eye(len(inputs)) * (_LOOKUPS * mx.diag(inputs).mean())
-            packed = _packed(weight, setting, Compensation(numpy_of(inputs)))
+            packed = _packed(weight, setting, Compensation(numpy_of(inputs, copy=False)))
         mx.eval(packed)
         rounded[path] = packed, unpack(packed, setting, weight.dtype)
     return rounded

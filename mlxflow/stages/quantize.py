@@ -25,7 +25,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 11
+VERSION = 12
 
 LATER_KEYS = {"num_epochs": "auto"}
 

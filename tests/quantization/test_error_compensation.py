@@ -5,7 +5,7 @@ import pytest
 from mlxflow.quantization import error_compensation
 from mlxflow.quantization.affine_grid import round_on
 from mlxflow.quantization.codec import mlx_grid, round_trip
-from mlxflow.quantization.error_compensation import Compensation, Rounding
+from mlxflow.quantization.error_compensation import Compensation, Compensations, Rounding
 from mlxflow.quantization.grids import nearest
 from mlxflow.quantization.settings import Setting
 
@@ -63,3 +63,44 @@ def test_parts_of_the_rows_are_compensated_alike(monkeypatch: pytest.MonkeyPatch
     whole = compensation.applied(weight, grid, nearest=_nearest(3))
     monkeypatch.setattr(error_compensation, "_NUMBERS_AT_ONCE", 128 * 40)
     assert np.allclose(compensation.applied(weight, grid, nearest=_nearest(3)), whole, atol=1e-4)
+
+
+def _as_published(weight: np.ndarray, grid: np.ndarray, inputs: np.ndarray, bits: int) -> np.ndarray:
+    """Return what GPTQ's own formulas give in fp64, with the inverse of the inputs, columns of large inputs first."""
+    order = np.argsort(-np.diag(inputs), kind="stable")
+    damped = inputs[order][:, order].astype(np.float64)
+    damped += np.eye(len(damped)) * 0.01 * np.mean(np.diag(damped))
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T
+    columns = weight.T[order].astype(np.float64)
+    for place, column in enumerate(order):
+        scale, bias = (part[:, column // 32].astype(np.float64) for part in grid)
+        rounded = _nearest(bits)((columns[place] - bias) / scale) * scale + bias
+        columns[place + 1 :] -= np.outer(factor[place, place + 1 :], (columns[place] - rounded) / factor[place, place])
+    result = np.empty_like(columns)
+    result[order] = columns
+    return result.T
+
+
+@pytest.mark.parametrize("num_inputs", [5, 1000])
+def test_the_triangle_gives_the_weights_of_the_inverse(num_inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_compensation, "_PANEL", 24)
+    monkeypatch.setattr(error_compensation, "_STRIPE", 40)
+    weight, inputs = _case()
+    products = inputs[:num_inputs].T @ inputs[:num_inputs]
+    grid = np.array(mlx_grid(mx.array(weight), Setting("affine", 3, 32)))
+    made = Compensation(products).applied(weight, grid, nearest=_nearest(3))
+    assert np.abs(made - _as_published(weight, grid, products, 3)).max() < 2e-3
+
+
+def test_layers_with_the_same_inputs_share_a_compensation_and_the_inputs_are_freed() -> None:
+    _, inputs = _case()
+    one, other = mx.array(inputs.T @ inputs), mx.eye(128)
+    products = {"q": one, "k": one, "o": other}
+    compensations = Compensations(products)
+    q = compensations.take("q")
+    assert q is not None
+    assert list(products) == ["o"]
+    assert compensations.take("k") is q
+    assert compensations.take("o") not in (None, q)
+    assert compensations.take("v") is None
+    assert not products

@@ -33,6 +33,7 @@ def test_products_of_inputs_are_sums_over_all_rows() -> None:
     last = model.down(inner)
     for path, x in (("embed", last), ("up", hidden), ("gate", hidden), ("down", inner)):
         assert mx.allclose(found[path], x.T @ x, rtol=1e-4, atol=1e-5)
+    assert found["up"] is found["gate"]  # which read one array
     assert type(model.up) is nn.Linear
 
 
