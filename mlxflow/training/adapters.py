@@ -44,6 +44,8 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
         add_layers(model, config["num_layers"], config["lora_parameters"], use_dora=shape.method == "dora")
     except ValueError as error:
         raise WorkflowError(f"{key}: {error}. Name other layers, or use another method.") from error
+    for layer in adapter_files.layers_of(model).values():  # DoRA's norms dequantize a matrix: one at a time
+        mx.eval(layer.parameters())
     mx.eval(model.parameters())
     return config
 

@@ -258,7 +258,12 @@ CALLS: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
 ]
 
 #: What replaces an attribute for the whole process.
-PERMANENT = {"mlxflow.ops.gather_matmul", "mlxflow.ops.mlx_lm_import", "mlxflow.ops.quantized_matmul"}
+PERMANENT = {
+    "mlxflow.ops.gather_matmul",
+    "mlxflow.ops.mlx_lm_import",
+    "mlxflow.ops.quantized_matmul",
+    "mlxflow.ops.wide_scales",
+}
 
 
 _IMPORTS = ("mlx_lm.utils", "mlx_lm.tokenizer_utils", "huggingface_hub")
