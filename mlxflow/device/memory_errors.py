@@ -1,6 +1,7 @@
 """Out of memory: recognize MLX's errors, and find out what they are about.
 
-On the CPU and on CUDA an allocation fails while an operation is sent to the device: what was computed before is good.
+On CUDA an allocation fails while an operation is sent to the device: what was computed before is good. The CPU backend
+of MLX 0.32 does not notice a failed allocation and crashes.
 On Metal a whole command buffer fails while it runs, and the error is raised by any later call that waits or sends:
 until then arrays of that command buffer hold anything. After it was raised MLX works as before.
 So what such an error is about must be known before work is repeated: wait for everything older first, with `settle`.
@@ -15,6 +16,10 @@ from mlxflow.messages.errors import StageError
 _OUT_OF_MEMORY = re.compile(
     r"malloc|unable to allocate|out ?of ?memory|attempting to allocate|insufficient memory", re.IGNORECASE
 )
+
+
+class OutOfMemoryError(StageError):
+    """The device ran out of memory in a stage."""
 
 
 def out_of_memory_bytes(error: RuntimeError) -> int | None:
@@ -75,7 +80,7 @@ def naming(task: str) -> Iterator[None]:
     What the stage wrote may be the result of work that failed, and whose error no call has raised yet.
 
     Raises:
-        StageError: the device ran out of memory.
+        OutOfMemoryError: the device ran out of memory.
     """
     try:
         yield
@@ -83,4 +88,4 @@ def naming(task: str) -> Iterator[None]:
     except RuntimeError as error:
         if (line := describe(error, task)) is None:
             raise
-        raise StageError(line) from error
+        raise OutOfMemoryError(line) from error

@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 #: Why a rank failed: a mistake that a restart repeats, an unexpected error, a peer that is gone, a group of ranks that
-#: could not be formed, or another host that cannot be reached or used.
-Kind = Literal["refused", "error", "peer", "join", "host"]
+#: could not be formed, another host that cannot be reached or used, or memory that ran out.
+Kind = Literal["refused", "error", "peer", "join", "host", "memory"]
 
 _MAX_LINES, _MAX_CHARACTERS = 100, 400
 
@@ -24,12 +24,14 @@ class Beat(NamedTuple):
         doing: in words, such as "forward pass".
         waits: whether it waits for other ranks.
         is_done: whether its training is over.
+        batch_size: rows of its forward passes, where fewer would need less memory; 0 elsewhere.
     """
 
     step: int = -1
     doing: str = "start"
     waits: bool = False
     is_done: bool = False
+    batch_size: int = 0
 
 
 class Failure(NamedTuple):
@@ -58,9 +60,9 @@ class Heart:
         if descriptor >= 0:
             os.set_blocking(descriptor, False)  # a stopped supervisor must not stop the rank
 
-    def beat(self, step: int, doing: str, *, waits: bool = False, is_done: bool = False) -> None:
+    def beat(self, step: int, doing: str, *, waits: bool = False, is_done: bool = False, batch_size: int = 0) -> None:
         """Say what the process does from now on."""
-        self._send({"beat": [step, doing, waits, is_done]})
+        self._send({"beat": [step, doing, waits, is_done, batch_size]})
 
     def fail(self, kind: Kind, message: str, exit_code: int) -> None:
         """Say why the process is about to end."""
@@ -89,7 +91,6 @@ def read_message(line: bytes) -> Beat | Failure | None:
     except ValueError:
         return None
     if "beat" in message:
-        step, doing, waits, is_done = message["beat"]
-        return Beat(step, doing, waits, is_done)
+        return Beat(*message["beat"])
     kind, lines, exit_code = message["failure"]
     return Failure(kind, tuple(lines), exit_code)

@@ -40,6 +40,7 @@ class Launch(NamedTuple):
         threads: of matrix products of each rank; 0 for one per processor.
         hosts: of the ranks; None if all are on this host.
         remotes: what ranks on other hosts are started with; None without any.
+        too_many_rows: see `Rank`.
     """
 
     command: Sequence[str]
@@ -54,6 +55,7 @@ class Launch(NamedTuple):
     threads: int
     hosts: Hostfile | None
     remotes: Remotes | None
+    too_many_rows: int = 0
 
 
 class RankProcess(RunningRank):
@@ -215,6 +217,7 @@ def _start_of(launch: Launch, number: int, addresses: Sequence[Sequence[str]], k
             launch.reduction,
             shards_optimizer=launch.shards_optimizer,
             shards_layers=launch.shards_layers,
+            too_many_rows=launch.too_many_rows,
         ),
         variables=variables_of(
             launch.backend, number, addresses, rdma=[host.rdma for host in hosts.hosts] if hosts else (), key=key

@@ -32,6 +32,7 @@ class Rank(NamedTuple):
         cores: the processors it may run on; empty for all.
         shards_optimizer: whether each rank keeps a part of the optimizer's state.
         shards_layers: whether each rank keeps a part of the weights of layers, and of their state.
+        too_many_rows: of a forward pass, which ran out of memory in an earlier start; 0 for none.
     """
 
     number: int = 0
@@ -43,6 +44,7 @@ class Rank(NamedTuple):
     cores: tuple[int, ...] = ()
     shards_optimizer: bool = False
     shards_layers: bool = False
+    too_many_rows: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -54,6 +56,7 @@ class Rank(NamedTuple):
         cores = ",".join(map(str, self.cores))
         shards = f"{int(self.shards_optimizer)}{int(self.shards_layers)}"
         place = f"{self.number} {self.size} {self.backend} {self.reduction} {self.sharing} {cores} {shards}"
+        place += f" {self.too_many_rows}"
         return {_RANK: place, _BEATS: str(self.beats)}
 
     @classmethod
@@ -61,11 +64,12 @@ class Rank(NamedTuple):
         """Return the place that a launcher wrote into an environment; None if there is none."""
         if _RANK not in environment:
             return None
-        number, size, backend, reduction, sharing, cores, shards = environment[_RANK].split(" ")
+        number, size, backend, reduction, sharing, cores, shards, rows = environment[_RANK].split(" ")
         allowed = tuple(int(core) for core in cores.split(",") if core)
         beats = int(environment[_BEATS])
-        split = [one == "1" for one in shards]
-        return cls(int(number), int(size), backend, reduction, beats, int(sharing), allowed, *split)
+        optimizer, layers = (one == "1" for one in shards)
+        place = (int(number), int(size), backend, reduction, beats, int(sharing), allowed)
+        return cls(*place, shards_optimizer=optimizer, shards_layers=layers, too_many_rows=int(rows))
 
 
 #: A process that trains alone.

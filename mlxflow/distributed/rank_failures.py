@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mlxflow.device.memory_errors import OutOfMemoryError
 from mlxflow.distributed.heartbeat import Heart, Kind
 from mlxflow.distributed.number_exchange import LOST
 from mlxflow.distributed.rank import Rank
@@ -31,7 +32,7 @@ def reported(rank: Rank, task: str) -> Iterator[None]:
     try:
         yield
     except MlxflowError as error:
-        heart.fail("refused", str(error), error.exit_code)
+        heart.fail("memory" if isinstance(error, OutOfMemoryError) else "refused", str(error), error.exit_code)
         raise SystemExit(error.exit_code) from error
     except ImportError as error:  # another start would fail in the same way
         heart.fail("refused", f"{task}: {type(error).__name__}: {reason_of(error)}. Install it again.", 1)

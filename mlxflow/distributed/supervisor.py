@@ -14,6 +14,7 @@ from typing import NamedTuple
 from mlxflow.device.stop_signals import StopFlag, stop_on_signals
 from mlxflow.distributed.heartbeat import Failure
 from mlxflow.distributed.launcher import Launch, RankProcess, start_ranks
+from mlxflow.distributed.memory_deaths import MemoryDeaths
 from mlxflow.distributed.remote_rank import HostError
 from mlxflow.distributed.running_rank import RunningRank
 from mlxflow.distributed.ssh_link import StopRequestedError
@@ -59,6 +60,7 @@ class Cause(NamedTuple):
         failure: the rank's own message; None if it sent none.
         is_final: whether another start would fail in the same way.
         has_trained: whether a rank had begun to train, or another start may be different.
+        too_many_rows: of the forward passes in which memory ran out; 0 for another reason.
     """
 
     reason: str
@@ -66,6 +68,7 @@ class Cause(NamedTuple):
     failure: Failure | None = None
     is_final: bool = False
     has_trained: bool = True
+    too_many_rows: int = 0
 
     @property
     def kind(self) -> str:
@@ -97,6 +100,13 @@ def supervise(task: str, launch: Launch, limits: RestartLimits) -> None:
         if cause.kind == "join" and port_retries < _MAX_PORT_RETRIES:
             port_retries += 1
             terminal.say(f"{task}: {cause.reason}; the ranks start again with other ports")
+            continue
+        if 0 < cause.too_many_rows < (launch.too_many_rows or cause.too_many_rows + 1):
+            launch = launch._replace(too_many_rows=cause.too_many_rows)
+            terminal.say(
+                f"{task}: {cause.reason}; all ranks start again from the last checkpoint with fewer than "
+                f"{cause.too_many_rows} rows in a forward pass"
+            )
             continue
         has_trained |= cause.has_trained
         if end := _end_of_restarts(cause, restarts, limits, has_trained=has_trained, last=last):
@@ -136,7 +146,7 @@ def _end_of_restarts(
 def _refuse_mistake(cause: Cause) -> None:
     """Raise the error of a rank that a restart would repeat."""
     failure = cause.failure
-    if failure is None or failure.kind != "refused":
+    if failure is None or failure.kind not in ("refused", "memory") or cause.too_many_rows:
         return
     if failure.exit_code == UserError.exit_code:
         raise UserError(*failure.lines)
@@ -154,6 +164,7 @@ class _Watch:
         self._alive: dict[int, float] = {}
         self._failed_since: float | None = None
         self._stopping_since: float | None = None
+        self._memory = MemoryDeaths()
 
     def run(self) -> Cause | None:
         """Start the ranks and wait for them; return why they failed, None if they are done.
@@ -223,7 +234,13 @@ class _Watch:
         may_follow = len(ended) < len(self._ranks)
         if is_consequence and may_follow and time.monotonic() < self._failed_since + _CAUSE_SECONDS:
             return None
-        return _cause_of(causes[0], has_trained=any(rank.beat.step >= 0 for rank in self._ranks))
+        has_trained = any(rank.beat.step >= 0 for rank in self._ranks)
+        return _cause_of(causes[0], has_trained=has_trained, by_memory=self._ended_by_memory(causes[0]))
+
+    def _ended_by_memory(self, rank: RunningRank) -> bool:
+        if rank.failure is not None:
+            return rank.failure.kind == "memory"
+        return isinstance(rank, RankProcess) and self._memory.explains(rank.exit_code or 0)
 
     def _silent(self) -> Cause | None:
         """Return which rank made no progress for too long; a rank that waits for others is not to blame for that."""
@@ -291,11 +308,14 @@ def _order_of_blame(rank: RunningRank) -> int:
     """Return how likely a rank's end is the cause of the others' ends: 0 comes first."""
     if rank.failure is None:
         return 0 if (rank.exit_code or 0) < 0 else _CONSEQUENCE  # NCCL ends a process that lost a peer
-    return {"refused": 1, "error": 1, "host": 1, "join": 2, "peer": _CONSEQUENCE + 1}[rank.failure.kind]
+    return {"refused": 1, "error": 1, "host": 1, "memory": 1, "join": 2, "peer": _CONSEQUENCE + 1}[rank.failure.kind]
 
 
-def _cause_of(rank: RunningRank, *, has_trained: bool) -> Cause:
+def _cause_of(rank: RunningRank, *, has_trained: bool, by_memory: bool) -> Cause:
     code, name = rank.exit_code or 0, rank.name
+    if by_memory and rank.beat.batch_size:
+        reason = f"{name} ran out of memory {_place(rank)}"
+        return Cause(reason, rank.number, rank.failure, too_many_rows=rank.beat.batch_size)
     if rank.failure is not None:
         words = {
             "join": "could not join the others",

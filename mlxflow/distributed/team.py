@@ -44,6 +44,7 @@ class Team:
         rank: the place of this process.
         heart: sends heartbeats.
         step: the update that this rank works on, for heartbeats and messages; -1 before the training.
+        batch_size: rows of the forward passes of that update, for heartbeats; 0 outside of updates.
         waited_seconds: time of all exchanges so far: for the device, and for the slowest rank.
     """
 
@@ -56,6 +57,7 @@ class Team:
         self.rank = rank
         self.heart = Heart(rank.beats)
         self.step = -1
+        self.batch_size = 0
         self.waited_seconds = 0.0
         self._group = group
         self._stream = None if group is None else _communication_stream(rank.backend)
@@ -68,7 +70,7 @@ class Team:
 
     def beat(self, doing: str, *, waits: bool = False) -> None:
         """Send what this rank does from now on, and whether it needs other ranks for that, to the supervisor."""
-        self.heart.beat(self.step, doing, waits=waits)
+        self.heart.beat(self.step, doing, waits=waits, batch_size=self.batch_size)
 
     def exchange(self, what: str, numbers: Sequence[int]) -> "NDArray[np.int64]":
         """Return the numbers of all ranks, (number of ranks, count); waits for them.

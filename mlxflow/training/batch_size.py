@@ -176,13 +176,35 @@ class BatchSizes:
         self._too_large = min(self._too_large, self.size)
         return self._decide(Decision(step, self._sizes[place - 1], "out of memory", reading._asdict()))
 
+    def avoid(self, step: int, rows: int, reading: MemoryUse) -> Decision | None:
+        """Choose a size below one that ran out of memory; return the decision, None if the size is smaller already.
+
+        Args:
+            step: updates so far.
+            rows: of the forward passes that ran out of memory.
+            reading: the memory now.
+
+        Raises:
+            WorkflowError: there is no smaller size.
+        """
+        self._too_large = min(self._too_large, rows)
+        if self.size < rows:
+            return None
+        smaller = [size for size in self._sizes if size < rows]
+        if not smaller:
+            raise self._too_little(f"forward passes of {rows} rows, the fewest, ran out of memory")
+        return self._decide(Decision(step, smaller[-1], "out of memory", reading._asdict()))
+
     def too_large(self, needed_bytes: int, limit_bytes: int) -> WorkflowError:
         """Return the error for a memory limit that the smallest batch exceeds."""
+        need = f"need {needed_bytes:,} bytes and may use {limit_bytes:,}"
+        return self._too_little(f"forward passes of {self.size} rows, the fewest, {need}")
+
+    def _too_little(self, what: str) -> WorkflowError:
         names = self._names
         fused = f" and {names.of('fused_loss')} = true" if names.has_fused_loss else ""
         return WorkflowError(
-            f"{names.of('batch_size')}: forward passes of {self.size} rows, the fewest, need {needed_bytes:,} bytes "
-            f"and may use {limit_bytes:,}. Lower {names.of('batch_size')} or {names.context_length}, set "
+            f"{names.of('batch_size')}: {what}. Lower {names.of('batch_size')} or {names.context_length}, set "
             f'{names.of("checkpointing")} = "layers"{fused}, or raise {names.memory_limit}.'
         )
 

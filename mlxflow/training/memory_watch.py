@@ -53,6 +53,10 @@ class MemoryWatch:
         mx.set_memory_limit(self._lowered_limit)
         mx.clear_cache()
 
+    def avoid(self, step: int, rows: int) -> Decision | None:
+        """Choose a smaller batch size than one that ran out of memory in an earlier start; see `BatchSizes.avoid`."""
+        return self._sizes.avoid(step, rows, self._decisive(MemoryUse.take(self._limit)))
+
     def shrink(self, step: int, needed_bytes: int) -> Decision:
         """Choose a smaller batch size after an allocation failed in the update after a step.
 

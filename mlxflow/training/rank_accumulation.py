@@ -60,7 +60,7 @@ class _Status(NamedTuple):
     weights: Any
 
 
-class _OutOfMemoryError(Exception):
+class _TooManyRowsError(Exception):
     """A rank could not compute its pass; all of them try again with fewer rows."""
 
     def __init__(self, needed_bytes: int) -> None:
@@ -140,6 +140,7 @@ class RankAccumulator:
 
     def _read_rows(self) -> None:
         sizes, team = self._parts.sizes, self._team
+        team.batch_size = sizes.size
         rows = sizes.rows_per_update
         spans = [span for span in split(rows, sizes.size) if span[1] > self._parts.state.rows_done]
         self._count = len(spans)
@@ -173,7 +174,7 @@ class RankAccumulator:
             self._random.begin_update()
             try:
                 sums = self._fast(waits) if self._team.rank.reduction == "fast" else self._in_order(waits)
-            except _OutOfMemoryError as error:
+            except _TooManyRowsError as error:
                 needed = error.needed_bytes
             else:
                 self._random.end_update(self._count)
@@ -227,7 +228,7 @@ class RankAccumulator:
         """Return the sums of this rank's passes, when every rank has computed its own.
 
         Raises:
-            _OutOfMemoryError: a rank could not.
+            _TooManyRowsError: a rank could not.
         """
         so_far, needed = begun, None
         try:
@@ -270,7 +271,7 @@ class RankAccumulator:
 
         Raises:
             StageError: the ranks differ in their weights or in what they do.
-            _OutOfMemoryError: a rank has no gradients.
+            _TooManyRowsError: a rank has no gradients.
         """
         parts = self._parts
         mine = _Status(
@@ -298,7 +299,7 @@ class RankAccumulator:
         self._targets = int(everyone.targets.sum())
         parts.recorder.rank_waited_seconds = (everyone.waited_ms / 1000).tolist()
         if everyone.is_out_of_memory.any():
-            raise _OutOfMemoryError(int(everyone.needed_bytes.max()))
+            raise _TooManyRowsError(int(everyone.needed_bytes.max()))
 
     def _weights_digest(self) -> mx.array:
         return digest_of(self._parts.step.shared_weights())

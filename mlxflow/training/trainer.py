@@ -152,6 +152,7 @@ class Trainer:
         if checkpoint is None:
             self._recorder.write(self._sizes.decisions[-1].record())
             self._validate()
+        self._avoid_too_many_rows()
         self._recorder.begin = time.perf_counter() - facts.seconds
         try:
             while facts.step < settings.num_steps and not facts.ended_early:
@@ -167,6 +168,13 @@ class Trainer:
             self._model.load_weights(list(self._session.checkpoints.read_best(facts.best_step).items()), strict=False)
         mx.eval(self._step.state)
         return self._facts.result()._replace(rank_waited_seconds=tuple(self._recorder.rank_waited_seconds))
+
+    def _avoid_too_many_rows(self) -> None:
+        """Lower the batch size if an earlier start of the ranks ran out of memory with it, on all of them alike."""
+        rows = self._team.rank.too_many_rows
+        if rows and (decision := self._memory.avoid(self._facts.step, rows)) is not None:
+            self._accumulator.partial, self._facts.rows_done = None, 0  # sums of passes of another size
+            self._recorder.write(decision.record())
 
     def _after_update(self) -> None:
         facts, settings = self._facts, self._settings
@@ -184,6 +192,7 @@ class Trainer:
             self._stop()
 
     def _validate(self) -> None:
+        self._team.batch_size = 0
         with self._step.whole_model():
             self._validator.validate()
 
@@ -259,6 +268,7 @@ class Trainer:
     def _save(self) -> Path:
         """Write a checkpoint and return its folder."""
         self._settle(0)
+        self._team.batch_size = 0
         self._team.exchange("checkpoint", ())  # fails if a rank was lost: its last gradients may have been missing
         self._team.beat("checkpoint")
         with self._recorder.paused():

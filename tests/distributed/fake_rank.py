@@ -21,7 +21,7 @@ def end(number: int, frame: object) -> None:
 
 
 signal.signal(signal.SIGTERM, end)
-is_again = False
+is_again, rows = False, 0
 for line in script:
     number, _, action = line.strip().partition(" ")
     if number not in ("all", str(rank.number)) or (is_again and number != "all"):
@@ -29,12 +29,18 @@ for line in script:
     verb, _, rest = action.partition(" ")
     if verb == "beat":
         step, _, doing = rest.partition(" ")
-        heart.beat(int(step), doing)
+        heart.beat(int(step), doing, batch_size=rows)
     elif verb == "wait":
         step, _, doing = rest.partition(" ")
         heart.beat(int(step), doing, waits=True)
     elif verb == "done":
         heart.beat(9, "after the training", is_done=True)
+    elif verb == "rows":  # of its forward passes from now on: fewer than those that ran out of memory
+        rows = min(int(rest), rank.too_many_rows - 1) if rank.too_many_rows else int(rest)
+    elif verb == "need":  # fails where it has more rows
+        if rows > int(rest):
+            heart.fail("memory", "train: out of memory: 12 more bytes needed.", 1)
+            sys.exit(1)
     elif verb == "print":
         print(rest, flush=True)
     elif verb == "fail":

@@ -1,11 +1,14 @@
 """A rank with a fault of the test's choice: `python faulty_rank.py FAULT MARKER run STAGE ...`.
 
 A fault strikes rank 1 in its third forward pass (a full disk: rank 0 in step 4; "sum": rank 1 before it sends the
-gradients of step 4, after which a checkpoint is saved), unless the file MARKER exists.
+gradients of step 4, after which a checkpoint is saved; "late": there its memory runs out), unless the file MARKER
+exists. With "limit" rank 1 has little memory from its seventh pass on, in every start: enough for two rows, not for
+three.
 """
 
 import errno
 import os
+import resource
 import signal
 import socket
 import sys
@@ -51,7 +54,23 @@ def faulty(rank_step: RankStep, batch: tuple[mx.array, ...]) -> Any:
         name = sorted(weights)[0]
         weights[name] = weights[name] * (1 + 1e-6)
         step.restore(step.state[1])
+    if fault == "limit" and of_this_process().number == 1:
+        _limit_memory(batch[0].shape[0])
     return compute(rank_step, batch)
+
+
+_PER_ROW = 48 << 20  # bytes, beside which what else a process allocates is little
+
+
+def _limit_memory(rows: int) -> None:
+    """Allocate an array for some rows, as a large model would; first lower the limit of memory when it is time."""
+    if computed >= 7 or Path(marker).exists():
+        Path(marker).touch()
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * os.sysconf("SC_PAGE_SIZE") + 2 * _PER_ROW + _PER_ROW // 2
+        if resource.getrlimit(resource.RLIMIT_AS)[0] > most:
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    mx.eval(mx.ones(rows * _PER_ROW // 4) + 1)
 
 
 def _cut_connections() -> None:
@@ -75,6 +94,9 @@ def killed(team: Team, array: mx.array) -> mx.array:
     if fault == "sum" and sends_gradients and not Path(marker).exists():
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "late" and sends_gradients and not Path(marker).exists():
+        Path(marker).touch()
+        raise RuntimeError("[malloc] Unable to allocate 123456 bytes.")
     return gather(team, array)
 
 

@@ -62,7 +62,10 @@ def serving(folder: Path, name: str, *, address: str = "127.0.0.1", inside: tupl
     for key in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     port = free_ports(1)[0]
-    (folder / "sshd_config").write_text(_SERVER.format(folder=folder, port=port, address=address))
+    config = _SERVER.format(folder=folder, port=port, address=address)
+    if path := os.environ.get("PYTHONPATH"):  # the code under test there, too
+        config += f"SetEnv PYTHONPATH={path}\n"
+    (folder / "sshd_config").write_text(config)
     (folder / "ssh_config").write_text(_CLIENT.format(folder=folder, port=port, address=address, name=name))
     bin_folder = folder / "bin"
     bin_folder.mkdir()

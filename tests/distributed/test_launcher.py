@@ -63,7 +63,7 @@ def test_a_rank_of_ring_gets_the_addresses_of_all(tmp_path: Path, monkeypatch: p
     assert json.loads(variables) == {
         "MLX_RANK": "1",
         "MLX_WORLD_SIZE": "2",
-        "MLXFLOW_RANK": "1 2 ring fast 2  00",
+        "MLXFLOW_RANK": "1 2 ring fast 2  00 0",
         "hosts": [["127.0.0.1:7001"], ["127.0.0.1:7002"]],
     }
     assert given == "given"
@@ -84,7 +84,7 @@ def test_a_rank_of_nccl_gets_a_gpu_and_a_meeting_place(tmp_path: Path, monkeypat
     expected = {
         "MLX_RANK": "1",
         "MLX_WORLD_SIZE": "2",
-        "MLXFLOW_RANK": "1 2 nccl fast 1  00",
+        "MLXFLOW_RANK": "1 2 nccl fast 1  00 0",
         "NCCL_HOST_IP": "127.0.0.1",
         "NCCL_PORT": "7001",
     }

@@ -8,7 +8,7 @@ from mlxflow.distributed.rank import ALONE, Rank
 
 def test_a_rank_reads_the_place_that_its_launcher_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
-    written = Rank(3, 4, "ring", "fast", writing, shards_optimizer=True, shards_layers=True)
+    written = Rank(3, 4, "ring", "fast", writing, shards_optimizer=True, shards_layers=True, too_many_rows=3)
     assert Rank.read(written.environment()) == written
     for name, value in written.environment().items():
         monkeypatch.setenv(name, value)

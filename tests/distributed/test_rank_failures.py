@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from mlxflow.device.memory_errors import OutOfMemoryError
 from mlxflow.distributed.heartbeat import Failure, read_message
 from mlxflow.distributed.rank import ALONE, Rank
 from mlxflow.distributed.rank_failures import reported
@@ -23,6 +24,7 @@ def _raise(error: BaseException) -> Callable[[], None]:
     [
         (WorkflowError("a", "b"), Failure("refused", ("a", "b"), 2), SystemExit),
         (StageError("a"), Failure("refused", ("a",), 1), SystemExit),
+        (OutOfMemoryError("a"), Failure("memory", ("a",), 1), SystemExit),
         (ValueError("odd\nnumber"), Failure("error", ("ValueError: odd number",), 1), ValueError),
         (
             ModuleNotFoundError("No module named 'x'"),

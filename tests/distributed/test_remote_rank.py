@@ -149,7 +149,7 @@ def test_a_python_without_mlxflow_is_named_once(
         "Set workflow.distributed.python to a Python with mlxflow on otherhost. See artifacts/logs/train-rank-1.log."
     )
     bare = tmp_path / "bare"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
     bare.chmod(0o755)
     assert "No module named 'mlxflow'" in _refusal(train_on_hosts, python=f'"{bare}"')
     assert capfd.readouterr().err == ""

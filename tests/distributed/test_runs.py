@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -195,9 +196,46 @@ def test_a_rank_that_is_out_of_memory_makes_all_retry_with_fewer_rows(
 ) -> None:
     fault("memory")
     train(2, train="", restarts=0)
-    sizes = [(record["step"], record["batch_size"], record["reason"]) for record in _records("batch_size")]
-    assert sizes == [(0, 2, "begin"), (1, 3, "grow"), (1, 2, "out of memory")]
+    assert _batch_sizes() == [(0, 2, "begin"), (1, 3, "grow"), (1, 2, "out of memory")]
     assert _records("train")[-1]["step"] == 12
+
+
+def _batch_sizes() -> list[tuple[object, object, object]]:
+    return [(record["step"], record["batch_size"], record["reason"]) for record in _records("batch_size")]
+
+
+def test_a_rank_whose_memory_runs_out_late_makes_all_continue_with_fewer_rows(
+    trained_alone: Alone, train: Build, fault: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    fault("late")
+    _require_close(train(2, restarts=0), trained_alone[1])
+    assert _batch_sizes() == [(0, 2, "begin"), (2, 1, "out of memory")]
+    assert (
+        "train: rank 1 ran out of memory at step 4 (sum of gradients); all ranks start again from the last checkpoint "
+        "with fewer than 2 rows in a forward pass"
+    ) in capfd.readouterr().err.splitlines()
+
+
+@pytest.mark.faults
+def test_memory_that_the_kernel_refuses_to_a_rank_makes_all_continue_with_fewer_rows(
+    train: Build, fault: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux's limit of the address space")
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    fault("limit")
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 46, most))  # the ranks lower it
+        train(2, train="", restarts=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+    assert _batch_sizes() == [(0, 2, "begin"), (1, 3, "grow"), (4, 2, "out of memory")]
+    assert _records("train")[-1]["step"] == 12
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train: rank 1")]
+    assert len(said) == 1
+    assert re.match(
+        r"train: rank 1 ran out of memory at step [56] \(.*with fewer than 3 rows in a forward pass$", said[0]
+    )
 
 
 def test_a_rank_with_other_weights_ends_the_run_with_its_name(train: Build, fault: Callable[[str], None]) -> None:

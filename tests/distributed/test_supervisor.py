@@ -9,6 +9,7 @@ import pytest
 
 from mlxflow.distributed import supervisor
 from mlxflow.distributed.launcher import Launch
+from mlxflow.distributed.memory_deaths import MemoryDeaths
 from mlxflow.distributed.supervisor import RestartLimits, supervise
 from mlxflow.messages.errors import StageError, UserError
 from mlxflow.storage.regular_files import open_log
@@ -86,6 +87,34 @@ def test_all_ranks_start_again_as_often_as_the_limit_says(run: Run, capfd: pytes
 
 def test_a_restart_that_succeeds_is_a_success(run: Run) -> None:
     run("1 once begun; 1 beat 1 x; 1 fail error 1 ValueError: odd; all done", restarts=1)
+
+
+def test_ranks_start_again_with_fewer_rows_until_the_memory_is_enough_and_no_restart_is_counted(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run("0 sleep 1; 1 rows 4; 1 beat 3 update; 1 need 2; all done", restarts=0)
+    again = "all ranks start again from the last checkpoint with fewer than"
+    assert capfd.readouterr().err.splitlines() == [
+        f"train: rank 1 ran out of memory at step 3 (update); {again} {rows} rows in a forward pass" for rows in (4, 3)
+    ]
+
+
+def test_memory_that_fewer_rows_would_not_save_ends_the_run(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StageError) as caught:
+        run("0 sleep 60; 1 beat 3 validation; 1 rows 1; 1 need 0", restarts=3)
+    assert str(caught.value) == "train: out of memory: 12 more bytes needed."
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("is_for_memory", [True, False])
+def test_a_rank_that_the_kernel_killed_for_memory_comes_back_with_fewer_rows(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], is_for_memory: bool
+) -> None:
+    monkeypatch.setattr(MemoryDeaths, "explains", lambda self, code: is_for_memory)
+    run("1 once begun; 1 rows 4; 1 beat 3 update; 1 kill SIGKILL; all done", restarts=1)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("train: rank 1 " + ("ran out of memory" if is_for_memory else "ended with signal SIGKILL"))
+    assert line.endswith("with fewer than 4 rows in a forward pass" if is_for_memory else "(restart 1 of 1)")
 
 
 def test_a_start_that_fails_is_not_repeated_and_said_in_one_line(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +230,7 @@ def test_a_supervisor_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from mlxflow.distributed.launcher import Launch
+from mlxflow.distributed.memory_deaths import MemoryDeaths
 from mlxflow.distributed.supervisor import RestartLimits, supervise
 from mlxflow.storage.regular_files import open_log
 command = (sys.executable, "-c", {_ENDS_WITH_PARENT!r})

@@ -85,6 +85,22 @@ def test_out_of_memory_shrinks_to_the_minimum_and_then_reports_the_needed_bytes(
     )
 
 
+def test_a_size_that_ran_out_of_memory_in_an_earlier_start_is_avoided_from_then_on() -> None:
+    sizes = _sizes()
+    sizes.look(1, _reading(0.2))
+    assert sizes.avoid(4, 48, _reading(0.9)) == Decision(4, 32, "out of memory", _reading(0.9)._asdict())
+    assert sizes.look(5, _reading(0.2)) is None
+    assert sizes.avoid(6, 48, _reading(0.9)) is None
+    assert sizes.avoid(6, 17, _reading(0.9)) == Decision(6, 16, "out of memory", _reading(0.9)._asdict())
+    with pytest.raises(WorkflowError) as caught:
+        sizes.avoid(6, 16, _reading(0.9))
+    assert str(caught.value) == (
+        "train.batch_size: forward passes of 16 rows, the fewest, ran out of memory. Lower train.batch_size or "
+        'pretokenize.context_length, set train.checkpointing = "layers" and train.fused_loss = true, or raise '
+        "workflow.memory_limit."
+    )
+
+
 def test_recorded_decisions_are_replayed_regardless_of_memory(tmp_path: Path) -> None:
     first = _sizes()
     first.look(1, _reading(0.2))
