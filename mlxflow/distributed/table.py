@@ -70,8 +70,8 @@ class Distributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Literal["none", "full"],
         Meta(
             description="full: each rank keeps a part of each layer's weights and of their optimizer state, and a "
-            "layer gathers its weights where it computes (ZeRO-3); for training of all weights, with the backends nccl "
-            'and jaccl and reduction = "fast"'
+            "layer gathers its weights where it computes (ZeRO-3); for training of all weights with the backends nccl "
+            'and jaccl and reduction = "fast", for adapters, beside which the frozen weights are split, with all'
         ),
     ] = "none"
     step_timeout: Annotated[

@@ -92,6 +92,11 @@ def most_ranks(config: Any) -> int:
     return int(config.batch_size * config.grad_accum_steps) if config.method == "qat" else 0
 
 
+def trains_adapters(config: Any) -> bool:
+    """Return whether quantization-aware training trains adapters beside frozen weights."""
+    return config.lora.shape(config.training) is not None
+
+
 def _budget_problems(config: Any) -> Iterator[Problem]:
     """Yield budgets that no choice of bits can keep."""
     example = 'Write such as "200 MB".'

@@ -13,6 +13,7 @@ from mlxflow.quantization.layer_rules import LayerRule
 from mlxflow.quantization.settings import RequestedSetting, Setting
 from mlxflow.quantization.table_checks import follow_start, table_problems
 from mlxflow.quantization.table_checks import most_ranks as most_ranks
+from mlxflow.quantization.table_checks import trains_adapters as trains_adapters
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit

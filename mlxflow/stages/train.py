@@ -19,6 +19,7 @@ from mlxflow.training import defaults, length, setting_checks
 from mlxflow.training.lora_config import LoraConfig, decide_fuse
 from mlxflow.training.optimizer_options import DEFAULT_BETAS, Optimizer, optimizer_problems
 from mlxflow.training.table_settings import most_ranks as most_ranks
+from mlxflow.training.table_settings import trains_adapters as trains_adapters
 from mlxflow.workflow import products
 from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
 from mlxflow.workflow.stage_references import model_inputs, note_other_model

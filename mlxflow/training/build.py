@@ -12,12 +12,12 @@ from mlxflow.data.loader import Loader, name_by_number
 from mlxflow.data.token_file import Rows
 from mlxflow.distributed.team import SOLO, Team
 from mlxflow.kernels import model_kernels
-from mlxflow.messages.errors import UserError
 from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training import adapters, objective, optimizers
 from mlxflow.training.batch_size import BatchSizes, Decision
 from mlxflow.training.batches import TrainingData
+from mlxflow.training.frozen_shards import FrozenShards
 from mlxflow.training.objective import Objective
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.sharded_layers import ShardedLayers
@@ -222,24 +222,15 @@ def ready_step(
     chosen = subject.objective(uses_kernel=kernels.uses_loss_kernel, chunk_share=chunk_share)
     with ExitStack() as patches:
         patches.enter_context(kernels.patched())
-        layers = patches.enter_context(_split_layers(subject, team).installed()) if team.rank.shards_layers else None
+        layers, frozen = None, None
+        if team.rank.shards_layers and subject.settings.adapter_shape is None:
+            layers = patches.enter_context(ShardedLayers(subject.model, team).installed())
+        elif team.rank.shards_layers:
+            frozen = patches.enter_context(FrozenShards(subject.model, team).installed())
         patches.enter_context(recomputed(subject.model, every=subject.settings.checkpoint_every))
-        yield make_step(subject, chosen, kernels, team=team, layers=layers)
-
-
-def _split_layers(subject: Subject, team: Team) -> ShardedLayers:
-    """Return the layers of a model for several ranks.
-
-    Raises:
-        UserError: not all of its weights are trained, or they are quantized in training.
-    """
-    if subject.settings.adapter_shape is not None or subject.make_objective is not None:
-        what = "adapters are" if subject.settings.adapter_shape is not None else "a quantized model is"
-        raise UserError(
-            f'sharding = "full": {what} trained, and only all weights of a dense model are split between ranks. '
-            "Remove it, or use optimizer_sharding = true."
-        )
-    return ShardedLayers(subject.model, team)
+        step = make_step(subject, chosen, kernels, team=team, layers=layers)
+        step.frozen = frozen
+        yield step
 
 
 def make_loader(

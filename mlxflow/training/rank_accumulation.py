@@ -196,6 +196,8 @@ class RankAccumulator:
             if so_far is not None:
                 self._send(so_far, waits=waits)
             own = [one for one in self._passes if first <= one.number < first + team.size]
+            if self._parts.step.gathers:  # with those that have a pass
+                own = own or [_EMPTY]
             mine = self._computed(own, None, waits=waits)
             count = min(team.size, self._count - first)
             team.beat("sum of gradients", waits=True)
@@ -210,7 +212,7 @@ class RankAccumulator:
         if partial is not None and (layers is not None or self._team.rank.is_first):
             begun = self._rank_step.pack(partial if layers is None else layers.own_sums(partial))
         passes = self._passes
-        if layers is not None:  # the passes of all ranks gather weights together
+        if self._parts.step.gathers:  # the passes of all ranks gather weights together
             most = -(-self._count // self._team.size)
             passes = [*passes, *[_EMPTY] * (most - len(passes))]
         mine = self._computed(passes, begun, waits=waits)
@@ -243,7 +245,7 @@ class RankAccumulator:
         except RuntimeError as error:
             needed = out_of_memory_bytes(error)
             # where the layers are split, the others wait in this pass for this rank
-            if needed is None or (is_late(error) and not waits) or self._parts.step.layers is not None:
+            if needed is None or (is_late(error) and not waits) or self._parts.step.gathers:
                 raise
             settle(drops=waits)
         self._agree(needed)

@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 
 from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training.batch_size import split
+from mlxflow.training.frozen_shards import FrozenShards
 from mlxflow.training.gradient_packing import GradientPacking, Gradients, Joined
 from mlxflow.training.objective import Objective
 from mlxflow.training.optimizer_shards import OptimizerShards
@@ -52,6 +53,7 @@ class Step:
         state: everything that changes from update to update, including the random state: to evaluate and to save.
         of_update: the optimizer's update, uncompiled.
         gradients: of a batch, uncompiled.
+        frozen: the frozen weights that are split between ranks; None if they are whole.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Step:
             outputs=self.state,
         )
         self._model = model
+        self.frozen: FrozenShards | None = None
         self.of_update = update
         self.gradients = compute
         self._read, self._drawn = read, drawn
@@ -134,6 +137,11 @@ class Step:
         """The layers that are split between ranks; None if they are whole."""
         return self.of_update.layers
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a forward pass gathers weights, so that all ranks must make theirs together."""
+        return self.layers is not None or self.frozen is not None
+
     def gradients_like(self) -> Any:
         """Return a tree of the shapes of the whole model's gradients, whose arrays may be replaced."""
         layers = self.of_update.layers
@@ -144,19 +152,21 @@ class Step:
     @contextmanager
     def whole_model(self) -> Iterator[None]:
         """Have whole weights in the model until the block ends; a collective where the layers are split."""
-        layers = self.of_update.layers
-        if layers is None:
-            yield
-            return
-        layers.make_whole()
+        layers, frozen = self.of_update.layers, self.frozen
+        self.end()
         yield
-        layers.is_whole = False
-        self.of_update.publish()
+        if frozen is not None:
+            frozen.split_again()
+        if layers is not None:
+            layers.is_whole = False
+            self.of_update.publish()
 
     def end(self) -> None:
         """Leave the model with whole weights after the last update."""
         if self.of_update.layers is not None:
             self.of_update.layers.make_whole()
+        if self.frozen is not None:
+            self.frozen.make_whole()
 
     def packing(self) -> GradientPacking:
         """Return how the gradients are sent to other ranks."""

@@ -42,6 +42,15 @@ def most_ranks(config: Any) -> int:
     return int(config.grad_accum_steps)
 
 
+def trains_adapters(config: Any) -> bool:
+    """Return whether adapters are trained beside frozen weights.
+
+    Args:
+        config: a `[train]` table.
+    """
+    return config.lora.shape(config.method) is not None
+
+
 def training_settings(config: Any, num_steps: int) -> TrainingSettings:
     """Return the settings of a table, resolved except for those that depend on the model.
 

@@ -245,10 +245,14 @@ class _WorkflowLoader:
                 known.add(one.task, one.config, one.file_names)
 
     def _check_ranks(self, workflow: Workflow) -> None:
-        """Note more ranks than forward passes, or rows, in an update of a stage that trains."""
+        """Note more ranks than forward passes, or rows, in an update, and gradients that no backend can split."""
         for one in workflow.stages:
-            if problem := workflow.ranks.too_many(one.most_ranks, one.task, one.table):
-                self.mistakes["workflow"].append(problem_message(problem, self.shown, "workflow"))
+            has_gradients = one.most_ranks > 0 and not getattr(one.module, "trains_adapters")(one.config)  # noqa: B009
+            scattering = workflow.ranks.cannot_scatter() if has_gradients else None
+            for problem in (workflow.ranks.too_many(one.most_ranks, one.task, one.table), scattering):
+                line = problem_message(problem, self.shown, "workflow") if problem else ""
+                if line and line not in self.mistakes["workflow"]:
+                    self.mistakes["workflow"].append(line)
 
     def _require_few_files(self, stage: Stage, num_files: int) -> None:
         if num_files > _MAX_FILES:

@@ -45,6 +45,18 @@ class Ranks(NamedTuple):
         """Their number and their backend, such as "2 ranks (ring)"."""
         return describe_ranks(self.table, self.device, self.hosts)
 
+    def cannot_scatter(self) -> Problem | None:
+        """Return why the gradients of split layers cannot be added; None if they can, or no layers are split."""
+        if self.table.sharding != "full":
+            return None
+        if self.backend not in SCATTERING:
+            expected = f"the backend {self.backend} has no reduce-scatter; expected nccl or jaccl"
+            return Problem("distributed.sharding", "full", expected, "Remove it, or use optimizer_sharding = true.")
+        if self.table.reduction != "fast":
+            expected = 'the backend adds the gradients of split layers, so reduction must be "fast"'
+            return Problem("distributed.sharding", "full", expected, 'Add reduction = "fast".')
+        return None
+
     def too_many(self, most: int, task: str, table: str) -> Problem | None:
         """Return the mistake of more ranks than forward passes in an update of a stage; None if there are not.
 
@@ -73,15 +85,6 @@ def read_ranks(table: Distributed, device: str, disk: Disk, *, shown: str, lines
         shown: the workflow file's name, for messages.
         lines: gets a line for each mistake in the hostfile.
     """
-    ranks = _read_hosts(table, device, disk, shown=shown, lines=lines)
-    if table.sharding == "full" and ranks.backend not in SCATTERING:
-        expected = f"the backend {ranks.backend} has no reduce-scatter; expected nccl or jaccl"
-        problem = Problem("distributed.sharding", "full", expected, "Remove it, or use optimizer_sharding = true.")
-        lines.append(problem_message(problem, shown, "workflow"))
-    return ranks
-
-
-def _read_hosts(table: Distributed, device: str, disk: Disk, *, shown: str, lines: list[str]) -> Ranks:
     if not table.hosts:
         return Ranks(table, device)
     try:
@@ -106,9 +109,6 @@ def table_problems(table: Distributed, device: str) -> Iterator[Problem]:
     if not 0 < table.timeout_seconds <= MAX_TIMEOUT_SECONDS:
         bounds = "expected more than 0 s and at most 168 h"
         yield Problem("distributed.step_timeout", table.step_timeout, bounds, 'Use "10 min" (the default).')
-    if table.sharding == "full" and table.reduction != "fast":
-        expected = 'the backend adds the gradients of split layers, so reduction must be "fast"'
-        yield Problem("distributed.sharding", "full", expected, 'Add reduction = "fast".')
     if table.sharding == "full" and table.optimizer_sharding:
         yield Problem("distributed.optimizer_sharding", True, 'sharding = "full" includes it', "Remove it.")
     if table.backend == "nccl" and device == "cpu":

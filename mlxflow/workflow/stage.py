@@ -11,7 +11,7 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     run       the function that does the work and returns the figures for the report, a struct of
               `mlxflow/report/stage_reports`; heavy imports happen inside it
 
-It may have eleven more:
+It may have twelve more:
 
     resolve(config, artifacts)       returns the table with defaults filled in that depend on other files
     follow(config, task, readers, known, disk)
@@ -19,6 +19,7 @@ It may have eleven more:
     FOLLOWS              names of stages: if the workflow builds one of them, the defaults of this stage's table make it
                          build no others, see `Artifacts.is_planned`
     most_ranks(config)               returns how many processes may share its training; 0 if it does not train
+    trains_adapters(config)          beside most_ranks: returns whether it trains adapters beside frozen weights
     DEVICE_BOUND = True              the artifact describes the machine it was made on
     USES_DEVICE = False              the stage does not compute on MLX's device
     ONLY_IF_WRITTEN = True           a workflow file that names no stage, so that all are built, does not build it

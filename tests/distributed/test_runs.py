@@ -1,5 +1,6 @@
 """Trainings on real ranks: the bytes of one process, whatever happens on the way."""
 
+import itertools
 import json
 import os
 import re
@@ -21,14 +22,17 @@ from safetensors.numpy import load_file
 from mlxflow.distributed import launcher, rank_start, supervisor
 from mlxflow.messages.errors import StageError, UserError
 from mlxflow.workflow import ranked_execution, ranks
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
+from tests.conftest import rest_in_matrix
 from tests.distributed import conftest
 from tests.distributed.conftest import FIXED, WORKFLOW, Build, Faults
 
 Alone = tuple[Path, bytes]
 
 
-def _records(kind: str, folder: Path = Path()) -> list[dict[str, object]]:
-    lines = (folder / "artifacts/train/metrics.jsonl").read_text().splitlines()
+def _records(kind: str, folder: Path = Path(), *, stage: str = "train") -> list[dict[str, object]]:
+    lines = (folder / f"artifacts/{stage}/metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
@@ -169,6 +173,86 @@ def test_a_rank_without_rows_takes_part_in_the_passes_of_the_others(
     split = train(2, **SPLIT)
     shutil.rmtree("artifacts/train")
     _require_close(split, train(1))
+
+
+_ON_A_BASE = WORKFLOW.partition("[train.model]")[0].replace("grad_accum_steps = 4", "grad_accum_steps = 3")
+_ON_A_BASE += '[train.model]\nfrom = "base"\n'
+
+
+@pytest.mark.parametrize(
+    ("method", "reduction", "checkpointing"),
+    rest_in_matrix(
+        itertools.product(("lora", "dora"), ("ordered", "fast"), ("none", "layers")), ("lora", "ordered", "layers")
+    ),
+)
+def test_frozen_layers_beside_adapters_are_split_on_any_backend(
+    trained_alone: Alone,
+    train: Build,
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    reduction: str,
+    checkpointing: str,
+) -> None:
+    monkeypatch.setattr(conftest, "WORKFLOW", _ON_A_BASE)
+    shutil.copytree(trained_alone[0] / "artifacts/train", "base")
+    settings = f'{FIXED}\nmethod = "{method}"\ncheckpointing = "{checkpointing}"\n'
+    whole = train(1, train=settings)
+    shutil.rmtree("artifacts/train")
+    faults.planned = {(1, 5): (signal.SIGKILL, "rank")}
+    split = train(2, train=settings, sharding='"full"', reduction=f'"{reduction}"')
+    if reduction == "ordered":
+        assert split == whole
+    else:
+        _require_close(split, whole)
+
+
+_AWARE = """
+[quantize]
+model = "base"
+data = "pretokenize"
+method = "qat"
+bits = 4
+group_size = 32
+num_steps = 6
+batch_size = 2
+grad_accum_steps = 3
+learning_rate = 1e-3
+"""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "distill = false",
+        'distill = true\ncheckpointing = "layers"',
+        'training = "scales"\ndistill = true',
+        'training = "lora"\ndistill = true',
+    ],
+)
+def test_quantization_aware_training_learns_with_split_layers_what_it_does_with_whole_ones(
+    trained_alone: Alone, train: Build, scatters: Path, settings: str
+) -> None:
+    shutil.copytree(trained_alone[0] / "artifacts/train", "base")
+
+    def quantized(distributed: str) -> list[dict[str, object]]:
+        shutil.rmtree("artifacts/quantize", ignore_errors=True)
+        text = WORKFLOW.partition("[train]")[0].format(distributed=distributed)
+        Path("workflow.toml").write_text(text + _AWARE + settings)
+        workflow = load_workflow(Path("workflow.toml"))
+        run_stage(workflow, workflow.find("quantize"))
+        assert not Path("artifacts/.mlxflow/unfinished/quantize").exists()
+        return _records("train", stage="quantize") + _records("validation", stage="quantize")
+
+    whole, split = (
+        [float(str(one["loss"])) for one in quantized(distributed)]
+        for distributed in ("", 'processes = 2\nsharding = "full"\nreduction = "fast"')
+    )
+    # a weight beside the border of two codes may be rounded to either
+    np.testing.assert_allclose(split, whole, rtol=1e-4)
+    assert whole[0] != whole[-1]
+    assert scatters.exists() == ("lora" not in settings)
 
 
 def test_an_optimizer_of_whole_matrices_is_not_sharded(train: Build) -> None:

@@ -1,6 +1,5 @@
 """See also tests/distributed/test_runs.py, where real ranks train with split layers."""
 
-from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -12,8 +11,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.distributed.rank import Rank
 from mlxflow.distributed.team import Team
-from mlxflow.messages.errors import UserError
-from mlxflow.training import build
 from mlxflow.training.gradient_packing import Gradients
 from mlxflow.training.sharded_layers import ShardedLayers
 from mlxflow.training.update import Update
@@ -159,10 +156,3 @@ def test_sums_that_one_process_began_are_added_once() -> None:
     for path, array in _leaves(tree).items():
         together = mx.concatenate([first[path], second[path]]) if path in layers.paths else first[path] + second[path]
         assert np.array_equal(np.array(together), np.array(array)), path
-
-
-@pytest.mark.parametrize(("adapters", "what"), [(object(), "adapters are"), (None, "a quantized model is")])
-def test_only_all_weights_of_a_dense_model_are_split(adapters: object, what: str) -> None:
-    subject: Any = SimpleNamespace(settings=SimpleNamespace(adapter_shape=adapters), make_objective=object())
-    with pytest.raises(UserError, match=f'^sharding = "full": {what} trained, and only all weights of a dense model'):
-        build._split_layers(subject, _Rank(0))

@@ -143,6 +143,21 @@ def test_split_layers_need_a_backend_with_a_reduce_scatter_and_its_sum(tmp_path:
         assert caught.value.problems == (f"{path}: workflow.distributed.{expected}",)
 
 
+@pytest.mark.parametrize("backend", ["ring", "mpi"])
+def test_frozen_layers_beside_adapters_are_split_without_a_reduce_scatter(
+    tmp_path: Path, good_llama: Path, backend: str
+) -> None:
+    path = tmp_path / "workflow.toml"
+    table = f"[workflow.distributed]\nprocesses = 2\nsharding = 'full'\nbackend = '{backend}'\n[pretokenize]\n"
+    adapters = f"method = 'lora'\ngrad_accum_steps = 2\nmodel = {{ from = '{good_llama}' }}\n"
+    aware = "[quantize]\nmethod = 'qat'\ntraining = 'lora'\ngrad_accum_steps = 2\n"
+    path.write_text(f"{table}[train]\n{adapters}{aware}")
+    assert load_workflow(path).find("train").ranks == 2
+    path.write_text(f"{table}[train]\n{adapters}{aware.replace('lora', 'full')}")
+    with pytest.raises(WorkflowError, match=f"the backend {backend} has no reduce-scatter"):
+        load_workflow(path)
+
+
 def test_mistakes_in_the_table_are_reported_with_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "workflow.toml"
     path.write_text(
