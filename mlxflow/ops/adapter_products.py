@@ -189,9 +189,9 @@ def _adapted(bases: tuple[_FrozenBase, ...], _: str) -> Callable[..., list[mx.ar
             dx = _product(g, member, transpose=False, after=dx, plus=dx)
         ends = list(itertools.accumulate(member.a.shape[1] for member in members))
         da = list(mx.split(_rows(x).T @ _rows(joined), ends[:-1], axis=1))
-        results: list[mx.array] = [dx]
-        for member, g, z, of_a in zip(members, incoming, thin, da, strict=True):
-            of_b = (_rows(z) * member.base.scale).T @ _rows(g)
+        db = [(_rows(z) * member.base.scale).T @ _rows(g) for member, g, z in zip(members, incoming, thin, strict=True)]
+        results = mx.depends([dx], [*da, *db])  # else MLX computes them late, and holds what they are computed from
+        for member, of_a, of_b in zip(members, da, db, strict=True):
             others = (*member.weight, *([] if member.bias is None else [member.bias]))
             results += [of_a, of_b, *map(mx.zeros_like, others)]
         return tuple(results)

@@ -80,15 +80,18 @@ def drops_out(layer: nn.Module) -> bool:
 
 
 def _in_chunks(forward: Any, most: int) -> Any:
-    """Return a function of tokens (1, T, D) and weights, chunk after chunk, that keeps nothing for its gradient."""
+    """Return a function of tokens (1, T, D) and weights, chunk after chunk, that keeps nothing for its gradient.
 
-    def chunks(x: mx.array) -> list[slice]:
+    Chunks of the gradient are smaller, since it holds more activations of a chunk.
+    """
+
+    def chunks(x: mx.array, most: int) -> list[slice]:
         return [slice(begin, begin + most) for begin in range(0, x.shape[1], most)]
 
     @custom_function
     def function(x: mx.array, *weights: mx.array) -> mx.array:
         parts: list[mx.array] = []
-        for tokens in chunks(x):
+        for tokens in chunks(x, most):
             part = mx.depends([x[:, tokens]], [parts[-1]])[0] if parts else x[:, tokens]
             parts.append(forward(part, *weights))
         return mx.concatenate(parts, axis=1)
@@ -98,13 +101,14 @@ def _in_chunks(forward: Any, most: int) -> Any:
         x, *weights = primals if isinstance(primals, tuple | list) else (primals,)
         parts: list[mx.array] = []
         sums = [mx.zeros(weight.shape, mx.float32) for weight in weights]
-        for tokens in chunks(x):
+        for tokens in chunks(x, max(_MIN_TOKENS, most * 3 // 4)):
             before = [incoming, *parts[-1:], *sums]
             part = mx.depends([x[:, tokens]], before)[0]
             found = mx.vjp(forward, [part, *weights], [incoming[:, tokens]])[1]
             parts.append(found[0])
             sums = [total + other.astype(mx.float32) for total, other in zip(sums, found[1:], strict=True)]
         of_weights = [total.astype(weight.dtype) for total, weight in zip(sums, weights, strict=True)]
-        return mx.concatenate(parts, axis=1), *of_weights
+        # depends: the gradients of the weights are computed before the next layer's, and what they take is freed
+        return *mx.depends([mx.concatenate(parts, axis=1)], [parts[-1], *of_weights]), *of_weights
 
     return function
