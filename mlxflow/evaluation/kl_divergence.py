@@ -5,7 +5,7 @@ several quantized models.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,10 +17,11 @@ from mlxflow.evaluation.dense_reference import Reference
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.perplexity import Perplexity, mean_and_error, perplexity_from
 from mlxflow.evaluation.positions import (
+    HELD_BYTES,
     EvaluationRows,
     TokenRows,
+    at_targets,
     grouped,
-    hidden_states,
     hidden_states_of,
     parts,
     rows_for,
@@ -122,7 +123,7 @@ def compare_positions(
 
 
 def costs_by_layer(
-    dense: nn.Module,
+    dense: StreamedModel,
     weights: Mapping[str, Callable[[], mx.array]],
     rows: TokenRows,
     *,
@@ -131,37 +132,57 @@ def costs_by_layer(
 ) -> dict[str, float]:
     """Return the divergence in nats per token that quantizing each layer alone causes, the largest first.
 
+    Memory holds one block, and the hidden states of the rows with a few of the layers quantized.
+
     Args:
-        dense: the dense model; its weights are restored afterwards.
+        dense: the dense model.
         weights: by module path, a function that returns the dequantized weight of the quantized layer.
         rows: tokens and marks; their hidden states are held in memory.
         batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
     """
-    dense.eval()
-    modules = dict(dense.named_modules())
     body = Body.of(dense)
-    at_once = rows_for(body, rows, batch_size)
-    exact = [
-        (part, hidden_states(body, part)) for part in parts(rows, at_once=at_once, masks_documents=masks_documents)
-    ]
-    costs = {}
-    for path, weight in weights.items():
-        layer, original, quantized = modules[path], modules[path]["weight"], weight()
-        total, count = 0.0, 0
-        for part, hidden in exact:
-            layer["weight"] = quantized
-            changed = hidden_states(body, part)
-            layer["weight"] = original
-            for begin, end in _spans(body, hidden):
-                logits = body.logits(hidden[begin:end])
-                layer["weight"] = quantized
-                other = body.logits(changed[begin:end])
-                layer["weight"] = original
-                total += float(_compared(logits, other, part.targets[begin:end])[2].sum())
-            count += len(part.targets)
-        costs[path] = max(0.0, total / max(1, count)) if math.isfinite(total) else math.inf
+    modules = dict(dense.model.named_modules())
+    found = list(parts(rows, at_once=rows_for(body, rows, batch_size), masks_documents=masks_documents))
+    exact = [hidden for some in grouped([body], found) for hidden in hidden_states_of(body, some)]
+    size = sum(hidden.nbytes for hidden in exact)
+    costs, names, at_once = {}, list(weights), max(1, HELD_BYTES // max(1, size))
+    for paths in (names[first : first + at_once] for first in range(0, len(names), at_once)):
+        changed = _with_each(body, {path: (modules[path], weights[path]) for path in paths}, found)
+        for path in paths:
+            total = 0.0
+            layer, original, quantized = modules[path], modules[path]["weight"], weights[path]()
+            for part, hidden, other in zip(found, exact, changed.pop(path), strict=True):
+                for begin, end in _spans(body, hidden):
+                    logits = body.logits(hidden[begin:end])
+                    layer["weight"] = quantized
+                    rounded = body.logits(other[begin:end])
+                    layer["weight"] = original
+                    total += float(_compared(logits, rounded, part.targets[begin:end])[2].sum())
+            count = sum(len(part.targets) for part in found)
+            costs[path] = max(0.0, total / max(1, count)) if math.isfinite(total) else math.inf
     return dict(sorted(costs.items(), key=lambda item: -item[1]))
+
+
+def _with_each(
+    body: Body, layers: Mapping[str, tuple[nn.Module, Callable[[], mx.array]]], found: Sequence[EvaluationRows]
+) -> dict[str, list[mx.array]]:
+    """Return the hidden states at the target positions, (N, D) for each batch, with each layer alone changed.
+
+    Args:
+        body: of a streamed model, which reads each block once for all layers.
+        layers: and what returns their other weight, by path.
+        found: rows.
+    """
+    states = {}
+    with body.passes() as evaluate:
+        for path, (layer, weight) in layers.items():
+            original, layer["weight"] = layer["weight"], weight()
+            states[path] = [at_targets(body.hidden(part.tokens, part.pieces), part) for part in found]
+            layer["weight"] = original
+        evaluate()
+    mx.eval(states)
+    return states
 
 
 def _slices(

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.slices import rows_at_once
 
-# Largest hidden states that are held at a time of a streamed model, whose blocks are read once for all of them
-_HELD_BYTES = 256 << 20
+#: Largest hidden states that are held at a time of a streamed model, whose blocks are read once for all of them
+HELD_BYTES = 256 << 20
 
 
 class TokenRows(Protocol):
@@ -102,14 +102,15 @@ def hidden_states_of(body: Body, some: Sequence[EvaluationRows]) -> list[mx.arra
     A streamed model reads each block once for all of them.
     """
     with body.passes() as evaluate:
-        states = [_at_targets(body.hidden(part.tokens, part.pieces), part) for part in some]
+        states = [at_targets(body.hidden(part.tokens, part.pieces), part) for part in some]
         evaluate()
     for hidden in states:
         mx.eval(hidden)
     return states
 
 
-def _at_targets(hidden: mx.array, part: EvaluationRows) -> mx.array:
+def at_targets(hidden: mx.array, part: EvaluationRows) -> mx.array:
+    """Return hidden states, (B, L, D), at the target positions of their rows, (N, D)."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
     return hidden if part.chosen is None else hidden[part.chosen]
 
@@ -128,7 +129,7 @@ def grouped(bodies: Sequence[Body], found: Iterable[EvaluationRows]) -> Iterator
     held = 0
     for part in found:
         size = part.tokens.size * _bytes_of_a_state(bodies[0], part.tokens)
-        if group and held + size > _HELD_BYTES:
+        if group and held + size > HELD_BYTES:
             yield group
             group, held = [], 0
         group.append(part)

@@ -94,7 +94,9 @@ def measure_quality(
         )
     problems = list(_exceeded(limits, divergence, task))
     if problems:
-        worst = _worst_layers(_open_dense(dense), model.model, layers, rows, masks=masks)
+        worst = _worst_layers(
+            StreamedModel(lambda: _open_dense(dense, lazy=True)), model.model, layers, rows, masks=masks
+        )
         raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
     return _figures(divergence, texts)
 
@@ -133,7 +135,9 @@ def _open_dense(folder: Path, *, lazy: bool = False) -> nn.Module:
     return quantized_layers.for_evaluation(quantized_layers.made_dense(*model_folder.load(folder, lazy=lazy))[0])
 
 
-def _worst_layers(dense: nn.Module, quantized: nn.Module, layers: Mapping[str, Any], rows: Rows, *, masks: bool) -> str:
+def _worst_layers(
+    dense: StreamedModel, quantized: nn.Module, layers: Mapping[str, Any], rows: Rows, *, masks: bool
+) -> str:
     """Return the layers with the largest quality loss when quantized alone, in words."""
     weights = quantized_layers.dense_weights(quantized, layers)
     few = rows.head(_RANKING_ROWS)

@@ -51,7 +51,7 @@ def test_blocks_are_read_once_for_all_batches_that_fit_and_dropped(
     rounded = quantize_model_for_inference(load(), bits=4, group_size=32)
     counts = []
     for held in (1 << 20, 1):  # all batches at once, and one after the other
-        monkeypatch.setattr(positions, "_HELD_BYTES", held)
+        monkeypatch.setattr(positions, "HELD_BYTES", held)
         streamed = StreamedModel(load)
         reference = Reference.of(streamed)
         load.count = 0
