@@ -106,6 +106,7 @@ def budget(folder: str) -> None:
     from mlxflow.quantization import budget as budgets
     from mlxflow.quantization.sensitivity import measure_costs
     from mlxflow.quantization.settings import Setting
+    from mlxflow.quantization.streamed_gradients import GradientRows
     from mlxflow.training.objective import plain_objective
 
     job = Job(folder)
@@ -116,7 +117,9 @@ def budget(folder: str) -> None:
     parameters = sum(layer.weight.size for layer in layers.values())
     dense = job.perplexity(model)
     begin = time.perf_counter()
-    costs = measure_costs(model, candidates, job.calibration, job.marks, objective=objective, dtype=mx.bfloat16)
+    with tempfile.TemporaryDirectory() as inputs:
+        rows = GradientRows(job.calibration, job.marks, objective, Path(inputs))
+        costs = measure_costs(job.model, candidates, rows, dtype=mx.bfloat16)
     sizes = budgets.sizes_of(model, candidates, dtype=mx.bfloat16)
     print_row("costs", seconds=time.perf_counter() - begin, layers=len(layers), settings=len(settings), dense=dense)
     sensitivities: dict[float, Any] = {}

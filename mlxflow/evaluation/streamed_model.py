@@ -35,6 +35,11 @@ class StreamedModel:
         self._paths = _block_paths(self.model)
         self._unread: dict[str, dict[str, Any]] = {}
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the model has a list of blocks."""
+        return bool(self._paths)
+
     @contextmanager
     def passes(self) -> Iterator[Callable[[], None]]:
         """Record the blocks of lazy forward passes; the function that is yielded evaluates them block by block.

@@ -1,8 +1,8 @@
 """Attention masks that keep the documents packed into one row apart, and forward passes with them."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -146,6 +146,14 @@ def has_row_state(model: nn.Module) -> bool:
     return is_recurrent or any(path.endswith("wpe") for path, _ in model.named_modules())
 
 
+#: Its block gets a function that evaluates the forward passes of the block.
+Passes = Callable[[], AbstractContextManager[Callable[[], None]]]
+
+
+def _unstreamed() -> AbstractContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None)
+
+
 class _TokenFacts(Protocol):
     @property
     def has_conversations(self) -> bool: ...
@@ -153,20 +161,26 @@ class _TokenFacts(Protocol):
     def vocab_size(self) -> int: ...
 
 
-def masks_conversations(model: nn.Module, tokens: _TokenFacts) -> bool:
+def masks_conversations(model: nn.Module, tokens: _TokenFacts, *, passes: Passes | None = None) -> bool:
     """Return whether documents are kept apart by default: if there are conversations and the model supports it.
 
     Args:
         model: see `can_mask_documents`.
         tokens: a `TokenFile`.
+        passes: see `can_mask_documents`.
     """
-    return tokens.has_conversations and can_mask_documents(model, tokens.vocab_size)
+    return tokens.has_conversations and can_mask_documents(model, tokens.vocab_size, passes=passes)
 
 
-def can_mask_documents(model: nn.Module, vocab_size: int) -> bool:
+def can_mask_documents(model: nn.Module, vocab_size: int, *, passes: Passes | None = None) -> bool:
     """Return whether documents packed into one row get the same logits as each document alone.
 
     Decided by forward passes on a few tokens: models with learned absolute positions or recurrent layers fail.
+
+    Args:
+        model: to run.
+        vocab_size: number of ids.
+        passes: of a model whose blocks are read when they are needed, see `StreamedModel.passes`; None for another one.
     """
     was_training = model.training
     model.eval()
@@ -174,11 +188,13 @@ def can_mask_documents(model: nn.Module, vocab_size: int) -> bool:
     ends = (5, 3, 8)  # of the first document in each row; a mask that fits one row alone fails with several
     marks = mx.array([[2] * end + [4] * (12 - end) for end in ends])
     try:
-        packed = apply(model, tokens, marks)
-        rows = [(tokens[row : row + 1], end) for row, end in enumerate(ends)]
-        alone = mx.concatenate(
-            [mx.concatenate([model(row[:, :end]), model(row[:, end:])], axis=1) for row, end in rows], axis=0
-        )
+        with (passes or _unstreamed)() as evaluate:
+            packed = apply(model, tokens, marks)
+            rows = [(tokens[row : row + 1], end) for row, end in enumerate(ends)]
+            alone = mx.concatenate(
+                [mx.concatenate([model(row[:, :end]), model(row[:, end:])], axis=1) for row, end in rows], axis=0
+            )
+            evaluate()
         difference = mx.abs(packed - alone).astype(mx.float32).max() / mx.abs(alone).astype(mx.float32).max()
         are_equal = float(difference) < 0.05  # bf16 differs by 0.01, another position by about 1
     except (AttributeError, TypeError, ValueError):

@@ -5,8 +5,8 @@ computes nothing: arrays are lazy, and only masks are evaluated. It must not dep
 take the output of the one before it; other architectures are refused.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -100,25 +100,42 @@ def kind_of_model(model: nn.Module) -> str:
     return type(model).__module__.rpartition(".")[2]
 
 
-def after_blocks(model: nn.Module, recorded: RecordedPass, hidden: mx.array, tokens: mx.array) -> mx.array:
+def after_blocks(model: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
     """Return the lazy logits of a model, (B, L, V), whose blocks are left out.
 
     Args:
         model: its blocks need no weights.
-        recorded: the blocks.
         hidden: outputs of the last one, (B, L, D).
         tokens: (B, L) ids.
     """
-    modules = dict(model.named_modules())
-
-    def passing(call: Any) -> Any:
-        return lambda self, x, *others, **named: hidden
-
-    with ExitStack() as stack:
-        for call in recorded.calls:
-            stack.enter_context(layer_method(modules[call.path], "__call__", passing, by=__name__))
+    with blocks_answering(model, lambda *_: hidden):
         logits: mx.array = model(tokens)
     return logits
+
+
+@contextmanager
+def blocks_answering(
+    model: nn.Module, answer: Callable[[str, mx.array, tuple[Any, ...], dict[str, Any]], mx.array]
+) -> Iterator[None]:
+    """Let a function answer for the blocks of a model until the block ends; they need no weights.
+
+    Args:
+        model: its blocks are usual, see `find_blocks`.
+        answer: takes the path of a block, hidden states, and its other positional and keyword arguments.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    held = [answer]  # emptied at the end: the replaced classes are in a reference cycle, see `layer_method`
+
+    def answering(path: str) -> Callable[[Any], Any]:
+        return lambda _: lambda self, x, *others, **named: held[0](path, x, others, named)
+
+    try:
+        with ExitStack() as stack:
+            for block in model.layers:
+                stack.enter_context(layer_method(block, "__call__", answering(paths[id(block)]), by=__name__))
+            yield
+    finally:
+        held.clear()
 
 
 def _recorded(model: nn.Module, blocks: list[nn.Module], tokens: mx.array) -> list[_Recorded]:

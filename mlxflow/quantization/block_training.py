@@ -7,7 +7,7 @@ size, and a few tokens have states that are thousands of times larger.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,9 +21,6 @@ _BETAS, _EPSILON = (0.9, 0.95), 1e-12
 
 # Highest step of a position in units of the grid, and of a relative change of a scale or a bias
 _RATES = {"positions": 0.012, "stretch": 3e-3, "shift": 3e-3}
-
-# Arrays of the layers of a block, and Adam's averages of their gradients and of the squares of these
-_State = tuple[dict[str, Trained], ...]
 
 
 class BlockRows(NamedTuple):
@@ -73,7 +70,7 @@ def train_block(
     """Train the arrays of a block's layers by Adam, with steps that shrink to zero.
 
     Args:
-        block: a block of a model; the weights of its layers are replaced meanwhile, and left rounded.
+        block: a block of a model; the weights of its layers are not used, and left as zeros that are not evaluated.
         call: runs it on hidden states.
         layers: the fixed side of its quantized layers, by path within the block.
         trained: their arrays to train; emptied.
@@ -83,59 +80,64 @@ def train_block(
         seed: of the order of the rows.
     """
     modules = dict(block.named_modules())
+    shapes = {path: (modules[path].weight.shape, modules[path].weight.dtype) for path in layers}
 
-    def loss(trained: dict[str, Trained], x: mx.array, y: mx.array) -> mx.array:
+    def loss(arrays: dict[str, Trained], x: mx.array, y: mx.array) -> mx.array:
         for path, layer in layers.items():
-            modules[path].weight = layer.weight(trained[path])
+            modules[path].weight = layer.weight(arrays[path])
         return relative_error(call(block, x), y)
 
-    def step(state: _State, x: mx.array, y: mx.array, number: mx.array) -> tuple[mx.array, _State]:
-        error, gradients = mx.value_and_grad(loss)(state[0], x, y)
-        return error, _adam(layers, state, gradients, number, num_steps)
+    def release() -> None:
+        for path, shape in shapes.items():
+            modules[path].weight = mx.zeros(*shape)  # not evaluated; nor the dense one, nor one of the traced step
 
-    dense = {path: modules[path].weight for path in layers}
-    state: _State = (dict(trained), *(tree_map(mx.zeros_like, dict(trained)) for _ in range(2)))
+    release()
+    arrays = dict(trained)
     trained.clear()
-    compiled = mx.compile(step)
+    averages = {path: [tree_map(mx.zeros_like, own) for _ in range(2)] for path, own in arrays.items()}
+    gradients_of: Callable[..., Any] = mx.compile(mx.value_and_grad(loss))
+    moved: Callable[..., Any] = mx.compile(_moved)
     errors: list[float] = []
     order = _order(rows.num_rows, batch_size, num_steps, seed)
     for number in range(num_steps):
-        x, y = rows.read(order[number])
-        error, state = compiled(state, x, y, mx.array(float(number)))
-        mx.eval(error, state)
+        error, gradients = gradients_of(arrays, *rows.read(order[number]))
+        mx.eval(error, gradients)
         errors.append(float(error))
-    for path, weight in dense.items():
-        modules[path].weight = weight  # not a lazy one of the traced step
+        steps = _step_sizes(number, num_steps)
+        for path, layer in layers.items():  # one at a time: while it moves, a layer is held twice
+            own = {name: step * (layer.spacing if name == "positions" else 1.0) for name, step in steps.items()}
+            arrays[path], *averages[path] = moved(
+                arrays[path], *averages[path], gradients.pop(path), own, _root(number)
+            )
+            mx.eval(arrays[path], averages[path])
+    release()
     few = max(1, num_steps // 8)
-    return TrainedBlock(state[0], float(np.mean(errors[:few] or [0.0])), float(np.mean(errors[-few:] or [0.0])))
+    return TrainedBlock(arrays, float(np.mean(errors[:few] or [0.0])), float(np.mean(errors[-few:] or [0.0])))
 
 
-def _adam(
-    layers: Mapping[str, GridLayer],
-    state: _State,
-    gradients: dict[str, Trained],
-    number: mx.array,
-    num_steps: int,
-) -> _State:
-    """Return updated arrays and averages (Kingma and Ba 2014, arXiv:1412.6980), with a rate that falls to zero."""
-    arrays, means, squares = state
+def _step_sizes(number: int, num_steps: int) -> dict[str, mx.array]:
+    """Return Adam's step sizes by name of an array: they fall to zero (Kingma and Ba 2014, arXiv:1412.6980)."""
+    factor = (1 - number / num_steps) / (1 - _BETAS[0] ** (number + 1))
+    return {name: mx.array(factor * rate) for name, rate in _RATES.items()}
+
+
+def _root(number: int) -> mx.array:
+    """Return the factor that corrects the average of squares after few steps."""
+    return mx.array(1 / (1 - _BETAS[1] ** (number + 1)))
+
+
+def _moved(
+    arrays: Trained, means: Trained, squares: Trained, gradients: Trained, steps: dict[str, mx.array], root: mx.array
+) -> tuple[Trained, Trained, Trained]:
+    """Return updated arrays of a layer, and Adam's averages of their gradients and of the squares of these."""
     first, second = _BETAS
     means = tree_map(lambda mean, gradient: first * mean + (1 - first) * gradient, means, gradients)
     squares = tree_map(lambda square, one: second * square + (1 - second) * one * one, squares, gradients)
-    left = 1 - number / num_steps
-    scale, root = 1 / (1 - first ** (number + 1)), 1 / (1 - second ** (number + 1))
-
-    def rate(path: str, name: str) -> mx.array:
-        return left * scale * _RATES[name] * (layers[path].spacing if name == "positions" else 1.0)
-
-    moved = {
-        path: {
-            name: array - rate(path, name) * means[path][name] / (mx.sqrt(squares[path][name] * root) + _EPSILON)
-            for name, array in own.items()
-        }
-        for path, own in arrays.items()
+    new = {
+        name: array - steps[name] * means[name] / (mx.sqrt(squares[name] * root) + _EPSILON)
+        for name, array in arrays.items()
     }
-    return moved, means, squares
+    return new, means, squares
 
 
 def _order(num_rows: int, batch_size: int, num_steps: int, seed: int) -> list[np.ndarray]:

@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten
 
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.quantization.codec import packed_bytes, round_trip
-from mlxflow.quantization.sensitivity import Costs, Objective
+from mlxflow.quantization.sensitivity import Costs
 from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.streamed_gradients import Objective
 
 #: Bytes of each layer at each of its candidate settings.
 Sizes = dict[str, dict[Setting, int]]

@@ -1,7 +1,8 @@
 """The plan of a model within a budget, by the method that will be used: its errors, and its measured plans."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -12,8 +13,11 @@ from mlxflow.evaluation.dense_reference import Reference
 from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages import terminal
+from mlxflow.ops import document_mask
 from mlxflow.quantization import bit_allocation, budget
 from mlxflow.quantization import plan as plans
+from mlxflow.quantization.block_calls import blocks_answering
+from mlxflow.quantization.calibrated import scaled_model
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.dense_model import DenseModel
 from mlxflow.quantization.grids import first_grid, pack_on
@@ -21,13 +25,15 @@ from mlxflow.quantization.layer_inputs import with_codes
 from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.quantization.scale_groups import in_fp32_on_cpu, loading_in_fp32_on_cpu
+from mlxflow.quantization.scale_groups import loading_in_fp32_on_cpu
 from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
 from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.stored_codes import StoredCodes
+from mlxflow.quantization.streamed_gradients import GradientRows, Objective
 from mlxflow.report.stage_reports.quantize import BudgetFigures, BudgetPlanFigures
 from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.run_context import Context
-from mlxflow.training.model_choices import default_objective
+from mlxflow.training.objective import make_objective
 
 # Rows whose gradients estimate the costs of a learned method
 _SENSITIVITY_ROWS = 32
@@ -173,33 +179,53 @@ def _costs(
     context: Context,
 ) -> Costs:
     """Return the estimated divergence of each layer at each of its candidates, with the codes of the method."""
-    rows, marks = calibration_rows(request, tokens, context)
+    ids, marks = calibration_rows(request, tokens, context)
     merged: Costs = {path: dict.fromkeys(some, 0.0) for path, some in candidates.items()}
     candidates = {path: some for path, some in candidates.items() if len(some) > 1}
-    objective = default_objective(dense.model, tokens, batch_size=request.batch_size)
+    load = loading_in_fp32_on_cpu(dense.reopened)
+    rows = GradientRows(ids, marks, _objective(load, tokens), context.unfinished / "gradients")
     if request.method == "rtn":
-        return merged | measure_costs(dense.model, candidates, rows, marks, objective=objective, dtype=None)
-    few = rows[:_SENSITIVITY_ROWS], marks[:_SENSITIVITY_ROWS]
+        dtypes = {layer.weight.dtype for path, layer in quantizable_layers(dense.model).items() if path in candidates}
+        return merged | measure_costs(load, candidates, rows, dtype=dtypes.pop() if len(dtypes) == 1 else None)
+    few = rows._replace(tokens=ids[:_SENSITIVITY_ROWS], marks=marks[:_SENSITIVITY_ROWS])
+    with StoredCodes.in_folder(context.unfinished / "codes") as stored:
+        for costs in _learned_costs(request, dense, candidates, tokens, context, few, stored):
+            for path, options in costs.items():
+                merged[path] |= options
+    return merged
+
+
+def _learned_costs(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    candidates: Mapping[str, Sequence[Setting]],
+    tokens: TokenFile,
+    context: Context,
+    rows: GradientRows,
+    stored: StoredCodes,
+) -> Iterator[Costs]:
+    """Yield the costs of codes that a method learns in uniform plans."""
     settings = sorted({one for some in candidates.values() for one in some})
-    same_model: dict[Setting, dict[str, Packed]] = {}
-    found: list[Costs] = []
     for number, setting in enumerate(settings):  # not a bar: the method shows its own
         what = f"{setting.bits} bits in groups of {setting.group_size}"
         terminal.say(f"{context.task}: errors of {request.method} with {what}, {number + 1} of {len(settings)}")
         layers = {path: setting for path, some in candidates.items() if setting in some}
         own, packed = _codes(request, dense, layers, tokens, context, number)
+        stored.put(setting, packed)
+        del packed
         if request.method == "awq":  # its codes are of scaled weights
-            with in_fp32_on_cpu(own.model):
-                found.append(projected_costs(own.model, {setting: packed}, *few, objective=objective))
-        else:
-            same_model[setting] = packed
-    if same_model:
-        with in_fp32_on_cpu(dense.model):
-            found.append(projected_costs(dense.model, same_model, *few, objective=objective))
-    for costs in found:
-        for path, options in costs.items():
-            merged[path] |= options
-    return merged
+            scaled = loading_in_fp32_on_cpu(scaled_model(own.reopened, _folder(context, number)))
+            yield projected_costs(scaled, {path: [setting] for path in layers}, stored.read, rows)
+    if request.method != "awq":
+        yield projected_costs(loading_in_fp32_on_cpu(dense.reopened), candidates, stored.read, rows)
+
+
+def _objective(load: Callable[[], nn.Module], tokens: TokenFile) -> Objective:
+    """Return the loss whose gradients estimate costs, found without holding the model."""
+    streamed = StreamedModel(load)
+    masks = document_mask.masks_conversations(streamed.model, tokens, passes=streamed.passes)
+    with blocks_answering(streamed.model, lambda _, x, *__: x) if streamed.has_blocks else nullcontext():
+        return make_objective(streamed.model, fused=True, vocab_size=tokens.vocab_size, masks_documents=masks)
 
 
 def _codes(
@@ -219,4 +245,9 @@ def _codes(
     if request.method == "qat" or (request.method == "dwq" and setting.bits >= _DWQ_BITS):
         return own, _rounded_layers(request, dense.reopened(), layers, known={})
     asked = request._replace(block_steps=0, scale_steps=0)
-    return own, learn_layers(asked, own, layers, tokens, context, part=f"setting-{number}").packed
+    return own, learn_layers(asked, own, layers, tokens, context, part=_folder(context, number).name).packed
+
+
+def _folder(context: Context, number: int) -> Path:
+    """Return the folder of what a method writes while it learns a uniform plan."""
+    return context.unfinished / f"setting-{number}"

@@ -165,7 +165,7 @@ def awq(
             for path in (path for path in plan if path.startswith(f"{block}.")):
                 packed[path] = pack(modules[path].weight, plan[path])
                 mx.eval(packed[path])
-            _store(modules[block], folder / f"scaled-{block}.safetensors")
+            _store(modules[block], _scaled_file(folder, block))
             watch(block)
 
         scale_and_clip(model, plan, tokens, search_steps=search_steps, watch=finished)
@@ -175,13 +175,39 @@ def awq(
     return packed
 
 
+def scaled_model(load: Callable[[], nn.Module], folder: Path) -> Callable[[], nn.Module]:
+    """Return a function that loads the model that "awq" changed, with lazy weights of its own.
+
+    Args:
+        load: returns the dense model.
+        folder: with the changed weights, see `awq`.
+    """
+
+    def loaded() -> nn.Module:
+        model = load()
+        for path, block in model.named_modules():
+            if (file := _scaled_file(folder, path)).is_file():
+                _read(block, file)
+        return model
+
+    return loaded
+
+
+def _scaled_file(folder: Path, block: str) -> Path:
+    return folder / f"scaled-{block}.safetensors"
+
+
 def _store(block: nn.Module, file: Path) -> None:
     """Write the weights of a block into a file, from which they are read when they are used."""
     file.parent.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(file), dict(tree_flatten(block.parameters())))
+    _read(block, file)
+    mx.clear_cache()
+
+
+def _read(block: nn.Module, file: Path) -> None:
     unread: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
     block.update(tree_unflatten(list(unread.items())))
-    mx.clear_cache()
 
 
 def dwq(

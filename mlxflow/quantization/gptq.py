@@ -152,7 +152,7 @@ def _learned_outside(
     def run(layers: Sequence[nn.Module], rows: mx.array) -> mx.array:
         model.update_modules(tree_unflatten(list(zip(paths, layers, strict=True))))
         begin, end = int(rows[0]), int(rows[-1]) + 1
-        return after_blocks(model, recorded, hidden[begin:end], tokens[begin:end])
+        return after_blocks(model, hidden[begin:end], tokens[begin:end])
 
     part = _PartAsModel([modules[path] for path in paths], run)
     own = {f"part.{number}": plan[path] for number, path in enumerate(paths)}

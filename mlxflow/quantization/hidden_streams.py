@@ -18,7 +18,7 @@ from mlxflow.storage import temporary_files
 from mlxflow.storage.tensor_reading import StoredRows, read_metadata, stored_rows
 from mlxflow.storage.tensor_writing import TensorFile
 
-_KINDS = ("dense", "quantized")
+_KINDS = ("dense", "quantized", "gradient")
 _NAME, _KEY, _ERRORS = "hidden", "key", "errors"
 
 
@@ -74,7 +74,7 @@ class HiddenStreams:
         """Return inputs of a block, (B, L, D), for rows of some numbers.
 
         Args:
-            kind: "dense" or "quantized".
+            kind: "dense", "quantized", or "gradient" for what a backward pass gives.
             number: of the block.
             rows: numbers.
         """
@@ -88,7 +88,7 @@ class HiddenStreams:
         """Write the inputs of a block.
 
         Args:
-            kind: "dense" or "quantized".
+            kind: see `read`.
             number: of the block.
             part: returns those of consecutive rows, (B, L, D).
         """

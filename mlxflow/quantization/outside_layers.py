@@ -92,6 +92,6 @@ def _head_inputs(model: nn.Module, paths: list[str], tokens: NDArray[Any], *, na
         remove_weights(block)
 
     def tail(begin: int, end: int) -> mx.array:  # not evaluated: only the inputs of the layers are
-        return after_blocks(model, recorded, hidden[begin:end], mx.array(tokens[begin:end].astype(np.int32)))
+        return after_blocks(model, hidden[begin:end], mx.array(tokens[begin:end].astype(np.int32)))
 
     return input_products(model, paths, tail, [(row, row + 1) for row in range(len(hidden))])

@@ -72,7 +72,7 @@ def measure_quality(
     task = context.task
     model = StreamedModel(lambda: quantized_layers.for_evaluation(model_folder.load(context.folder, lazy=True)[0]))
     rows = validation.rows.head(limits.max_rows)
-    masks = document_mask.masks_conversations(model.model, validation)
+    masks = document_mask.masks_conversations(model.model, validation, passes=model.passes)
     cache_folder = context.state / _KEPT_FOLDER
     with watched_rows(task, "measuring the dense model", rows) as watched:
         reference = cached_reference(

@@ -20,8 +20,9 @@ _ROUNDING, _PACKING = 1500, 100
 # Bytes of the logits that are held at a time when a quality loss is measured, by device
 _MEASURED_BYTES = {"cpu": 130_000_000, "gpu": 520_000_000}
 
-# Bytes for each weight of a block in its training: positions, averages and gradients, and the weights themselves
-_BLOCK_TRAINING = 36
+# Bytes for each weight of a block in its training: positions, two averages, gradients and rounded weights, in fp32, and
+# what a layer of the block needs meanwhile
+_BLOCK_TRAINING = 25
 
 
 class ModelShape(NamedTuple):

@@ -25,7 +25,8 @@ from mlxflow.quantization.work_records import WorkRecord, read_records, write_re
 from mlxflow.storage.run_context import Context
 from mlxflow.training.progress import duration
 
-_FILE = "quantize-rates.json"
+#: Records of earlier runs, in the state folder.
+FILE = "quantize-rates.json"
 
 # Records of a method that are kept
 _MOST_RECORDS = 8
@@ -116,7 +117,7 @@ def announced(
         dtype = mx.float32  # in which blocks are computed there
     counted = _FIXED_SECONDS + work.operations / operations_per_second(shape.hidden_size, dtype)
     kind = f"{kind_of(request)} of a whole model" if unusual else kind_of(request)
-    file, name = context.state / _FILE, f"{kind} on {context.device} {compute_device.name()}"
+    file, name = context.state / FILE, f"{kind} on {context.device} {compute_device.name()}"
     records = read_records(file)
     own = records.get(name, [])
     terminal.say(described(kind, counted, work.held_bytes, own, task=context.task))

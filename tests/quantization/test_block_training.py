@@ -3,6 +3,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxflow.device import phase_peaks
 from mlxflow.quantization.affine_grid import best_grid
 from mlxflow.quantization.block_training import BlockRows, TrainedBlock, relative_error, train_block
 from mlxflow.quantization.settings import Setting
@@ -32,7 +33,6 @@ def _trained(*, num_steps: int) -> tuple[TrainedBlock, float]:
         path: GridLayer.begin(layer.weight, setting, best_grid(layer.weight, setting), dtypes=FP32)
         for path, layer in (("up", block.up), ("down", block.down))
     }
-    dense = {path: layer.weight for path, layer in (("up", block.up), ("down", block.down))}
     layers = {path: pair[0] for path, pair in pairs.items()}
     rows = BlockRows(32, lambda numbers: (hidden[mx.array(numbers)], targets[mx.array(numbers)]))
     made = train_block(
@@ -45,9 +45,9 @@ def _trained(*, num_steps: int) -> tuple[TrainedBlock, float]:
         batch_size=8,
         seed=0,
     )
-    for path, weight in dense.items():
-        assert getattr(block, path).weight is weight
-        getattr(block, path).weight = layers[path].weight(made.trained[path])
+    for path, layer in layers.items():
+        assert not getattr(block, path).weight.any()  # the dense one is not held
+        getattr(block, path).weight = layer.weight(made.trained[path])
     return made, float(relative_error(block(hidden[32:]), targets[32:]))
 
 
@@ -70,3 +70,19 @@ def test_training_twice_gives_the_same_numbers() -> None:
 def test_the_error_of_a_token_is_relative_to_its_size() -> None:
     targets = mx.array(np.array([[[1.0, 0.0], [1000.0, 0.0]]], np.float32))
     assert float(relative_error(targets * 1.1, targets)) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_training_holds_24_bytes_a_weight() -> None:
+    setting, count = Setting("affine", 4, 64), 12
+    block = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(count)])
+    layers, arrays = {}, {}
+    for path, layer in block.named_modules():
+        if isinstance(layer, nn.Linear):
+            grid = best_grid(layer.weight, setting)
+            layers[path], arrays[path] = GridLayer.begin(layer.weight, setting, grid, dtypes=FP32)
+    x = mx.random.normal((2, 4, 512))
+    mx.eval(x, arrays)
+    rows = BlockRows(2, lambda numbers: (x[mx.array(numbers)], x[mx.array(numbers)]))
+    with phase_peaks.followed() as peak:
+        train_block(block, lambda block, x: block(x), layers, arrays, rows, num_steps=2, batch_size=2, seed=0)
+    assert peak.bytes < 27 * count * 512**2

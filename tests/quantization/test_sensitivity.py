@@ -1,59 +1,68 @@
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
+from mlxflow.quantization import sensitivity
 from mlxflow.quantization.codec import pack, round_trip
 from mlxflow.quantization.sensitivity import measure_costs, projected_costs
+from mlxflow.quantization.streamed_gradients import GradientRows
 from tests.quantization.test_budget import CANDIDATES, OBJECTIVE, _candidates, _llama, _rows
 
+PATH = "model.layers.0.mlp.down_proj"
 
-def test_costs_are_half_the_squared_error_times_the_squared_gradients_of_each_row() -> None:
-    model = _llama()
-    path, setting = "model.layers.0.mlp.down_proj", CANDIDATES[0]
-    tokens, marks = _rows()
-    costs = measure_costs(model, {path: [setting]}, tokens, marks, objective=OBJECTIVE, dtype=None)
+
+def _loading(model: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: copy.deepcopy(model)
+
+
+def _gradients(model: nn.Module, path: str) -> list[mx.array]:
+    """Return the gradient of each row's loss in a weight."""
+    model = copy.deepcopy(model)
     layer = dict(model.named_modules())[path]
-    dense, total = layer.weight, 0.0
+    dense = layer.weight
+    tokens, marks = _rows()
 
     def loss(weight: mx.array, row: int) -> mx.array:
         layer.weight = weight
         return OBJECTIVE(model, tokens[row : row + 1], marks[row : row + 1])[0]
 
-    for row in range(len(tokens)):
-        gradient = mx.grad(loss)(dense, row)
-        total += float(((dense - round_trip(dense, setting)).square() * gradient.square()).sum())
-    layer.weight = dense
-    assert costs[path][setting] == pytest.approx(total / 2 / (4 * 8), rel=1e-4)
+    return [mx.grad(loss)(dense, row) for row in range(len(tokens))]
 
 
-def test_projected_costs_are_half_the_squared_product_of_gradient_and_error() -> None:
-    model = _llama()
-    path, setting = "model.layers.0.mlp.down_proj", CANDIDATES[0]
-    tokens, marks = _rows()
-    layer = dict(model.named_modules())[path]
-    dense, total, before = layer.weight, 0.0, mx.array(model(tokens))
-    packed = {one: {path: pack(dense, one)} for one in CANDIDATES}
-    costs = projected_costs(model, packed, tokens, marks, objective=OBJECTIVE)[path]
-    assert mx.array_equal(model(tokens), before)
+@pytest.mark.parametrize("at_once", [1 << 24, 256])
+def test_costs_are_half_the_squared_error_times_the_squared_gradients_of_each_row(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "_NUMBERS_AT_ONCE", at_once)
+    model, setting = _llama(), CANDIDATES[0]
+    rows = GradientRows(*_rows(), OBJECTIVE, tmp_path / "inputs")
+    dense = dict(model.named_modules())[PATH].weight
+    costs = measure_costs(_loading(model), {PATH: [setting]}, rows, dtype=None)
+    lost = (dense - round_trip(dense, setting)).square()
+    total = sum(float((lost * gradient.square()).sum()) for gradient in _gradients(model, PATH))
+    assert costs[PATH][setting] == pytest.approx(total / 2 / (4 * 8), rel=1e-4)
 
-    def loss(weight: mx.array, row: int) -> mx.array:
-        layer.weight = weight
-        return OBJECTIVE(model, tokens[row : row + 1], marks[row : row + 1])[0]
 
-    for row in range(len(tokens)):
-        gradient = mx.grad(loss)(dense, row)
-        total += float(((dense - round_trip(dense, setting)) * gradient).sum()) ** 2
-    layer.weight = dense
+def test_projected_costs_are_half_the_squared_product_of_gradient_and_error(tmp_path: Path) -> None:
+    model, setting = _llama(), CANDIDATES[0]
+    rows = GradientRows(*_rows(), OBJECTIVE, tmp_path / "inputs")
+    dense = dict(model.named_modules())[PATH].weight
+    costs = projected_costs(_loading(model), {PATH: CANDIDATES}, lambda _, one: pack(dense, one), rows)[PATH]
+    lost = dense - round_trip(dense, setting)
+    total = sum(float((lost * gradient).sum()) ** 2 for gradient in _gradients(model, PATH))
     assert costs[setting] == pytest.approx(total / 2 / (4 * 8), rel=1e-4)
     assert costs[CANDIDATES[-1]] < 0.1 * costs[CANDIDATES[0]]
 
 
-def test_fewer_bits_cost_more_and_the_model_is_unchanged() -> None:
+def test_fewer_bits_cost_more(tmp_path: Path) -> None:
     model = _llama()
-    tokens, marks = _rows()
-    before = mx.array(model(tokens))
-    costs = measure_costs(model, _candidates(model), tokens, marks, objective=OBJECTIVE, dtype=mx.bfloat16)
+    rows = GradientRows(*_rows(), OBJECTIVE, tmp_path / "inputs")
+    costs = measure_costs(_loading(model), _candidates(model), rows, dtype=mx.bfloat16)
     for told in costs.values():
         prices = [told[one] for one in CANDIDATES]
         assert prices == sorted(prices, reverse=True)
         assert prices[-1] >= 0
-    assert mx.array_equal(model(tokens), before)

@@ -47,6 +47,13 @@ _TABLES: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "awq": {"method": "awq"},
     "rotations": {"rotations": 1},
+    "budget": {"target_bits_per_weight": 3.6, "candidate_bits": [3, 4], "candidate_group_sizes": [64]},
+    "gptq budget": {
+        "method": "gptq",
+        "target_bits_per_weight": 3.6,
+        "candidate_bits": [2, 4],
+        "candidate_group_sizes": [64],
+    },
     "worst layers": {"max_kl": 1e-9},
 }
 
