@@ -117,9 +117,6 @@ def backend_mistakes(found: Hostfile, backend: str) -> Iterator[str]:
         backend: resolved.
     """
     hosts, file = found.hosts, found.file
-    if backend == "mpi":
-        yield f'{file}: backend "mpi" connects the ranks of one machine only. Use "ring", or processes without hosts.'
-        return
     if backend == "jaccl" and len(hosts) > _MAX_JACCL:
         yield f'{file}: {len(hosts)} hosts: expected at most {_MAX_JACCL} for backend "jaccl".'
         return

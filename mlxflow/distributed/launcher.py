@@ -13,7 +13,7 @@ import psutil
 
 from mlxflow.distributed.backend_variables import variables_of
 from mlxflow.distributed.hosts import Hostfile
-from mlxflow.distributed.mpi_meeting import MpiMeeting
+from mlxflow.distributed.mpi_meeting import MpiHost, MpiMeeting
 from mlxflow.distributed.rank import Rank
 from mlxflow.distributed.rank_start import RankStart, free_ports
 from mlxflow.distributed.remote_rank import RemoteRank, Remotes
@@ -164,7 +164,8 @@ def start_ranks(
     for number, one in remote.items():
         count = launch.hosts.place_on_host(number)[1] if launch.hosts else 0
         one.prepare(launch.backend, count)
-    group = held.enter_context(MpiMeeting(launch.size, stop_requested)).variables if launch.backend == "mpi" else ()
+    hosts = list(_mpi_hosts(launch)) if launch.backend == "mpi" else []
+    group = held.enter_context(MpiMeeting(hosts, stop_requested)).variables if hosts else ()
     addresses, key = list(_addresses(launch, remote)), secrets.token_hex(16)
     for number in range(launch.size):
         begin = _start_of(launch, number, addresses, key)
@@ -202,6 +203,15 @@ def _addresses(launch: Launch, remote: dict[int, RemoteRank]) -> Iterator[list[s
                     f"({error.strerror}). Write addresses that it has."
                 ) from error
         yield [f"{address}:{port}" for address, port in zip(host.ips, ports, strict=True)]
+
+
+def _mpi_hosts(launch: Launch) -> Iterator[MpiHost]:
+    if launch.hosts is None or launch.remotes is None:
+        yield from [MpiHost()] * launch.size
+        return
+    address = launch.hosts.hosts[0].ips[0]
+    for host in launch.hosts.hosts:
+        yield MpiHost(address=address) if host.is_here else MpiHost(host.ssh, launch.remotes.python, address)
 
 
 def _start_of(launch: Launch, number: int, addresses: Sequence[Sequence[str]], key: str) -> RankStart:

@@ -47,7 +47,7 @@ class Distributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Literal["auto", "ring", "nccl", "jaccl", "mpi"],
         Meta(
             description="communication between ranks: ring over TCP, nccl with one NVIDIA GPU for each rank, jaccl "
-            "over Thunderbolt with RDMA, or mpi by the Open MPI of this machine; auto: what the hostfile says, or nccl "
+            "over Thunderbolt with RDMA, or mpi by Open MPI; auto: what the hostfile says, or nccl "
             "if device allows a GPU and there are NVIDIA GPUs, else ring"
         ),
     ] = "auto"

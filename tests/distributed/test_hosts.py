@@ -111,8 +111,9 @@ def test_jaccl_needs_a_device_to_every_other_host() -> None:
         lacking,
     ]
     assert _mistakes("jaccl", *hosts, environment=(("MLX_JACCL_RING", "1"),)) == [own, lacking]
-    assert _mistakes("mpi", *hosts) == [
-        'h: backend "mpi" connects the ranks of one machine only. Use "ring", or processes without hosts.'
+    assert _mistakes("mpi", *hosts) == []
+    assert _mistakes("mpi", Host(1, "a"), Host(2, "b")) == [
+        'h:1: entry 1: ips: missing, and backend "mpi" needs an address of a. Add "ips".'
     ]
     assert _mistakes("jaccl", *[Host(1, "a")] * 33) == ['h: 33 hosts: expected at most 32 for backend "jaccl".']
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxflow.distributed.mpi_meeting import MpiMeeting
+from mlxflow.distributed.mpi_meeting import MpiHost, MpiMeeting
 from mlxflow.messages.errors import UserError
 from tests.distributed.conftest import Build, Faults
 
@@ -34,7 +34,7 @@ def test_ranks_of_mpi_make_the_bytes_of_one_process_after_one_was_killed(
 
 @needs_mpi
 def test_nothing_of_a_group_is_left_behind() -> None:
-    with MpiMeeting(3, lambda: False) as meeting:
+    with MpiMeeting([MpiHost()] * 3, lambda: False) as meeting:
         assert [variables["PMIX_RANK"] for variables in meeting.variables] == ["0", "1", "2"]
         assert {variables["OMPI_COMM_WORLD_SIZE"] for variables in meeting.variables} == {"3"}
         processes = psutil.Process(meeting._process.pid).children(recursive=True)
@@ -46,8 +46,8 @@ def test_nothing_of_a_group_is_left_behind() -> None:
 @needs_mpi
 def test_a_group_ends_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     script = (
-        "import time; from mlxflow.distributed.mpi_meeting import MpiMeeting\n"
-        "with MpiMeeting(2, lambda: False) as one: print(one._process.pid, flush=True); time.sleep(600)"
+        "import time; from mlxflow.distributed.mpi_meeting import MpiHost, MpiMeeting\n"
+        "with MpiMeeting([MpiHost()] * 2, lambda: False) as one: print(one._process.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as supervisor:
         assert supervisor.stdout is not None
@@ -63,6 +63,13 @@ def test_an_mpirun_that_fails_is_one_line(train: Build, monkeypatch: pytest.Monk
     monkeypatch.setenv("PRTE_MCA_plm", "nothing_of_this_name")
     with pytest.raises(UserError, match=r'backend = "mpi": mpirun formed no group of 2 ranks'):
         train(2, backend='"mpi"')
+
+
+@needs_mpi
+def test_a_host_that_mpirun_cannot_reach_is_one_line() -> None:
+    hosts = [MpiHost(), MpiHost("nowhere.invalid", sys.executable, "127.0.0.1")]
+    with pytest.raises(UserError, match=r'formed no group of 2 .*"mpirun -host localhost,nowhere\.invalid hostname"'):
+        MpiMeeting(hosts, lambda: False)
 
 
 def test_mpi_without_mpirun_is_refused_before_anything_is_computed(

@@ -23,6 +23,7 @@ from mlxflow.messages.errors import StageError
 from mlxflow.workflow import remote_agent
 from tests.distributed.conftest import Alone, Build, Faults
 from tests.distributed.ssh_server import serving
+from tests.distributed.test_mpi_meeting import needs_mpi
 
 HOSTS: list[dict[str, Any]] = [
     {"ssh": "localhost", "ips": ["127.0.0.1"]},
@@ -81,6 +82,23 @@ def test_a_rank_on_another_host_gets_the_files_and_trains_the_same_bytes(
     assert re.search(r"^rank 0: train: resumes from step [46] \(", said, re.M)
     names = {path.name for path in _copy_of(other_host).rglob("*") if path.is_file()}
     assert {"train.safetensors", "tokenizer.json", "state.safetensors"} <= names
+
+
+@needs_mpi
+def test_ranks_of_mpi_on_two_hosts_train_the_same_bytes(
+    trained_alone: Alone,
+    train_on_hosts: Callable[..., bytes],
+    other_host: Path,
+    faults: Faults,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    faults.planned = {(1, 7): (signal.SIGKILL, "rank")}
+    assert train_on_hosts(backend='"mpi"') == trained_alone[1]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train: rank")]
+    assert len(said) == 1
+    assert said[0].startswith("train: rank 1 on otherhost ended with signal SIGKILL")
+    assert 'backend = "mpi"' in Path("artifacts/train/report.toml").read_text()
+    assert not psutil.wait_procs(_processes_with(other_host), timeout=30)[1]
 
 
 def _processes_with(cache: Path) -> list[psutil.Process]:
