@@ -103,12 +103,33 @@ class _Window(NamedTuple):
 def _losses(body: Body, part: EvaluationRows) -> NDArray[np.float32]:
     """Return the losses at the target positions of a forward pass, for some positions at a time."""
     hidden = hidden_states(body, part)
-    step = positions_at_once(body.logits(hidden[:1]).shape[-1], arrays=_ARRAYS)
+    step = positions_of_a_slice(body, hidden)
     losses = []
     for begin in range(0, len(hidden), step):
-        logits = body.logits(hidden[begin : begin + step]).astype(mx.float32)
-        losses.append(numpy_of(nn.losses.cross_entropy(logits, part.targets[begin : begin + step], reduction="none")))
+        losses.append(numpy_of(token_losses(body, hidden[begin : begin + step], part.targets[begin : begin + step])))
     return np.concatenate(losses)
+
+
+def positions_of_a_slice(body: Body, hidden: mx.array) -> int:
+    """Return the number of positions whose logits are held at a time.
+
+    Args:
+        body: of the model.
+        hidden: its hidden states, (N, D).
+    """
+    return positions_at_once(body.logits(hidden[:1]).shape[-1], arrays=_ARRAYS)
+
+
+def token_losses(body: Body, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Return the losses in nats, (N,), of hidden states, (N, D), all at once.
+
+    Args:
+        body: of the model.
+        hidden: at the positions.
+        targets: (N,) the next ids at these positions.
+    """
+    losses: mx.array = nn.losses.cross_entropy(body.logits(hidden).astype(mx.float32), targets, reduction="none")
+    return losses
 
 
 def perplexity_from(losses: NDArray[np.float64]) -> Perplexity:

@@ -1,6 +1,7 @@
-"""What the peak memory of a training step will be, from the shapes of its arrays, before any step: nothing is computed.
+"""What the peak memory of a training will be, from the shapes of its arrays, before any step: nothing is computed.
 
-The step is traced (`ops/graph_trace.py`), and its allocations are followed in MLX's order (`graph_memory.py`).
+A step and a validation (`validation_memory.py`) count. They are traced (`ops/graph_trace.py`), and their allocations
+are followed in MLX's order (`graph_memory.py`).
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from mlxflow.training import build, graph_memory
 from mlxflow.training.graph_memory import Graph
 from mlxflow.training.precompile import restored
 from mlxflow.training.step import Step
+from mlxflow.training.validation_memory import validation_peak_bytes
 
 # The most dispatches that the host is ahead of the device. MLX waits for the CPU when an eleventh task of ten is sent.
 # A GPU's command buffers end after some bytes, too, and large arrays fill them at once.
@@ -24,27 +26,31 @@ _LAG = {"cpu": 110, "gpu": 40}
 
 
 class MemoryForecast(NamedTuple):
-    """The predicted memory of a step.
+    """The predicted memory of a training.
 
     Attributes:
         peak_bytes: of MLX's arrays, with weights and the optimizer's state.
         tokens: of a pass.
+        validation_bytes: the peak in a validation alone.
     """
 
     peak_bytes: int
     tokens: int
+    validation_bytes: int = 0
 
     def line(self, limit_bytes: int, *, advice: str) -> str:
-        """Return whether a step fits into the memory, in words.
+        """Return whether a training fits into the memory, in words.
 
         Args:
             limit_bytes: memory limit of MLX.
             advice: what to do if it does not.
         """
-        step = f"about {_gb(self.peak_bytes)} GB in a step with passes of {self.tokens:,} tokens"
+        step = f"a step with passes of {self.tokens:,} tokens"
+        where = step if self.validation_bytes < self.peak_bytes else f"a validation, which takes more than {step}"
+        peak = f"about {_gb(self.peak_bytes)} GB in {where}"
         if self.peak_bytes <= limit_bytes:
-            return f"{step}: fits into the {_gb(limit_bytes)} GB allowed"
-        return f"{step}: does not fit into the {_gb(limit_bytes)} GB allowed. {advice}"
+            return f"{peak}: fits into the {_gb(limit_bytes)} GB allowed"
+        return f"{peak}: does not fit into the {_gb(limit_bytes)} GB allowed. {advice}"
 
 
 def _gb(number: int) -> str:
@@ -52,7 +58,7 @@ def _gb(number: int) -> str:
 
 
 def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast:
-    """Return the predicted memory of a training step.
+    """Return the predicted memory of a training: of its steps, or of a validation if that takes more.
 
     Args:
         subject: the model, whose weights need not be evaluated, and its settings; as before afterwards.
@@ -64,9 +70,17 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
     """
     with restored(subject.model), build.ready_step(subject, kernels) as step:
         graph, held, changed = _graph_of(step, subject, rows)
-    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
-    peak = graph_memory.peak_bytes(graph, held, changed, lag=_LAG[device])
-    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1))
+    lag = _LAG["cpu" if mx.default_device() == mx.cpu else "gpu"]
+    of_validation = validation_peak_bytes(
+        subject.model,
+        rows,
+        held + sum(dict(changed.values()).values()),
+        batch_size=subject.settings.batch_size,
+        masks_documents=subject.settings.masks_documents,
+        lag=lag,
+    )
+    peak = max(graph_memory.peak_bytes(graph, held, changed, lag=lag), of_validation)
+    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation)
 
 
 def _graph_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[Graph, int, dict[str, tuple[str, int]]]:

@@ -1,5 +1,6 @@
 """The peak of a training step, predicted from shapes, against MLX's counter in a step that is taken."""
 
+import gc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ NONE = model_kernels.no_kernels()
 
 
 def _subject(method: str, *, bits: int = 0, **settings: Any) -> build.Subject:
+    gc.collect()  # models of other tests
     shape = {"hidden_size": 192, "intermediate_size": 512, "num_heads": 6, "num_kv_heads": 2, "num_layers": 3}
     model, _ = llama(vocab_size=VOCAB, context_length=LENGTH, **shape, seed=0)
     if bits:
@@ -99,6 +101,32 @@ def test_the_peak_of_steps_lies_between_those_of_a_host_that_waits_and_one_that_
         assert expected.peak_bytes <= 1.1 * measured
 
 
+@pytest.mark.parametrize(
+    ("length", "method", "settings"),
+    [
+        (8, "lora", {"bits": 4, "precision": "bf16"}),
+        (LENGTH, "lora", {"bits": 4, "precision": "bf16", "checkpoint_every": 1}),
+        (LENGTH, "full", {"precision": "bf16"}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_peak_of_a_whole_run_with_its_validations_is_predicted_within_10_percent(
+    length: int, method: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    subject = _subject(method, **settings)
+    changes = {"num_steps": 4, "dynamic_batch_size": False, "eval_every": 0, "adjust_every": 0}
+    subject = subject._replace(settings=subject.settings.replace(**changes))
+    rows = _rows() if length == LENGTH else Rows(_rows().tokens[:1, : length + 1], _rows().marks[:1, : length + 1])
+    expected = forecast_memory(subject, NONE, rows)
+    others = mx.get_active_memory() - sum(value.nbytes for _, value in tree_flatten(subject.model.parameters()))
+    session = Session(CheckpointStore(tmp_path, keep=1, settings={}, say=print), 1 << 40, lambda _: None)
+    data = build.make_data(rows, rows, subject.settings, seed=0)
+    with build.ready_trainer(subject, NONE, data, session) as trainer:
+        measured = trainer.run().peak_memory_bytes - others
+    assert 0.9 * measured <= expected.peak_bytes <= 1.1 * measured
+    assert (expected.validation_bytes == expected.peak_bytes) == (length < LENGTH)
+
+
 def test_the_trainer_holds_no_gradient_that_an_update_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = _subject("full")
     settings = subject.settings.replace(num_steps=4, dynamic_batch_size=False, eval_every=0, adjust_every=0)
@@ -153,6 +181,10 @@ def test_the_line_says_whether_it_fits() -> None:
     expected = MemoryForecast(3_210_000_000, 8192)
     assert expected.line(12 * 10**9, advice="Lower it.") == (
         "about 3.21 GB in a step with passes of 8,192 tokens: fits into the 12 GB allowed"
+    )
+    assert expected._replace(validation_bytes=3_210_000_000).line(12 * 10**9, advice="Lower it.") == (
+        "about 3.21 GB in a validation, which takes more than a step with passes of 8,192 tokens: "
+        "fits into the 12 GB allowed"
     )
     assert expected.line(2 * 10**9, advice="Lower it.") == (
         "about 3.21 GB in a step with passes of 8,192 tokens: does not fit into the 2.00 GB allowed. Lower it."
