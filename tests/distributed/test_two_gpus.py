@@ -4,6 +4,7 @@ On a GPU a product that is added within one kernel is rounded once, so that the 
 may differ in their last bits; two runs of the same number of ranks have the same bytes.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -30,6 +31,8 @@ pytestmark = [
 ]
 
 _SETTINGS = f'{FIXED}\nprecision = "fp32"\n'
+# Else MLX rounds the factors of fp32 products to TF32 on CUDA: 2^-11 of a factor, wherever its last bits differ
+_EXACT_PRODUCTS = {"MLX_ENABLE_TF32": "0"}
 _STEP_SECONDS = 60  # the deadline of a step, within which the ranks must be ended and started again
 
 _WORKFLOW = (
@@ -48,7 +51,8 @@ def trained_alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     write_notes(folder / "notes")
     (folder / "workflow.toml").write_text(_WORKFLOW.format(distributed="", train=_SETTINGS))
     for stage in ("pretokenize", "train"):
-        subprocess.run([sys.executable, "-m", "mlxflow", "run", stage], cwd=folder, check=True)
+        command = [sys.executable, "-m", "mlxflow", "run", stage]
+        subprocess.run(command, cwd=folder, check=True, env=os.environ | _EXACT_PRODUCTS)
     return folder, (folder / "artifacts/train/model.safetensors").read_bytes()
 
 
@@ -56,6 +60,8 @@ def trained_alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
 def train_on_two_gpus(train: Build, monkeypatch: pytest.MonkeyPatch) -> Build:
     """Return a function that trains on two ranks, of a GPU each, and returns the bytes of the model."""
     monkeypatch.setattr(conftest, "WORKFLOW", _WORKFLOW)
+    for name, value in _EXACT_PRODUCTS.items():
+        monkeypatch.setenv(name, value)
 
     def build(processes: int = 2, **distributed: Any) -> bytes:
         shutil.rmtree("artifacts/train", ignore_errors=True)
