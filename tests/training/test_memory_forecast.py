@@ -26,9 +26,9 @@ VOCAB, LENGTH, ROWS = 2048, 128, 4
 NONE = model_kernels.no_kernels()
 
 
-def _subject(method: str, *, bits: int = 0, **settings: Any) -> build.Subject:
+def _subject(method: str, *, bits: int = 0, num_layers: int = 3, **settings: Any) -> build.Subject:
     gc.collect()  # models of other tests
-    shape = {"hidden_size": 192, "intermediate_size": 512, "num_heads": 6, "num_kv_heads": 2, "num_layers": 3}
+    shape = {"hidden_size": 192, "intermediate_size": 512, "num_heads": 6, "num_kv_heads": 2, "num_layers": num_layers}
     model, _ = llama(vocab_size=VOCAB, context_length=LENGTH, **shape, seed=0)
     if bits:
         nn.quantize(model, group_size=64, bits=bits)
@@ -67,6 +67,22 @@ def _measured(subject: build.Subject) -> int:
             mx.synchronize()
     mx.clear_cache()
     return peak.bytes
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_of_recomputed_layers_the_activations_of_one_are_held(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer more costs its weights, their state and its input; its activations take fifteen times the input."""
+    monkeypatch.setattr(memory_forecast, "_LAG", {"cpu": 1})
+
+    def peak_and_held(num_layers: int) -> tuple[int, int]:
+        subject = _subject(method, bits=4 if method == "lora" else 0, num_layers=num_layers, checkpoint_every=1)
+        trained = sum(value.nbytes for _, value in tree_flatten(subject.model.trainable_parameters()))
+        held = sum(value.nbytes for _, value in tree_flatten(subject.model.parameters())) + 3 * trained
+        return forecast_memory(subject, NONE, _rows()).peak_bytes, held  # 3: gradients and two moments
+
+    (fewer, held_fewer), (more, held_more) = peak_and_held(3), peak_and_held(7)
+    layer_input = ROWS * LENGTH * 192 * 4
+    assert (more - fewer) - (held_more - held_fewer) <= 4 * 1.5 * layer_input
 
 
 @pytest.mark.parametrize(
