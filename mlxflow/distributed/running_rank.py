@@ -15,6 +15,9 @@ _HELD_SECONDS = 20.0
 
 _MAX_HELD = 1000
 
+#: How long a rank may take to end after it said why.
+END_SECONDS = 20.0
+
 
 class RunningRank(abc.ABC):
     """A running rank.
@@ -39,6 +42,7 @@ class RunningRank(abc.ABC):
         self.name = f"rank {number} on {host}" if host else f"rank {number}"
         self.beat = Beat()
         self.failure: Failure | None = None
+        self._failed_at = 0.0
         self.last_line = ""
         self.pipes: set[int] = set()
         self._messages = b""
@@ -80,6 +84,12 @@ class RunningRank(abc.ABC):
             self.release()
 
     @property
+    def hangs_in_its_end(self) -> bool:
+        """Whether it said long ago why it ends and still runs, such as one that waits for a collective of its GPU."""
+        has_failed = self.failure is not None and self._failed_at > 0
+        return has_failed and time.monotonic() > self._failed_at + END_SECONDS
+
+    @property
     def is_training(self) -> bool:
         """Whether it runs and its training is not over."""
         return self.exit_code is None and not self.beat.is_done
@@ -92,7 +102,7 @@ class RunningRank(abc.ABC):
             if isinstance(message, Beat):
                 self.beat = message
             elif message is not None:
-                self.failure = message
+                self.failure, self._failed_at = message, time.monotonic()
         if lines:
             self.release()
         return bool(lines)

@@ -199,7 +199,7 @@ class _Watch:
                     rank.signal(signal.SIGTERM)
             for rank in self._ranks:
                 rank.tick()
-            ended = [rank for rank in self._ranks if rank.exit_code is not None]
+            ended = [rank for rank in self._ranks if rank.exit_code is not None or rank.hangs_in_its_end]
             if self._stopping_since is not None:
                 if len(ended) == len(self._ranks) or time.monotonic() > self._stopping_since + _GRACE_SECONDS:
                     return None

@@ -47,6 +47,9 @@ for line in script:
         kind, code, message = rest.split(" ", 2)
         heart.fail(kind, message, int(code))  # type: ignore[arg-type]
         sys.exit(int(code))
+    elif verb == "hang":  # says why it ends, and does not
+        heart.fail("error", rest, 1)
+        time.sleep(600)
     elif verb == "exit":
         sys.exit(int(rest))
     elif verb == "sleep":

@@ -85,6 +85,7 @@ def test_a_rank_on_another_host_gets_the_files_and_trains_the_same_bytes(
 
 
 @needs_mpi
+@pytest.mark.faults
 def test_ranks_of_mpi_on_two_hosts_train_the_same_bytes(
     trained_alone: Alone,
     train_on_hosts: Callable[..., bytes],

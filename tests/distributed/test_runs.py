@@ -1,6 +1,5 @@
 """Trainings on real ranks: the bytes of one process, whatever happens on the way."""
 
-import itertools
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from mlxflow.messages.errors import StageError, UserError
 from mlxflow.workflow import ranked_execution, ranks
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import load_workflow
-from tests.conftest import rest_in_matrix
 from tests.distributed import conftest
 from tests.distributed.conftest import FIXED, WORKFLOW, Build, Faults
 
@@ -179,12 +177,10 @@ _ON_A_BASE = WORKFLOW.partition("[train.model]")[0].replace("grad_accum_steps = 
 _ON_A_BASE += '[train.model]\nfrom = "base"\n'
 
 
-@pytest.mark.parametrize(
-    ("method", "reduction", "checkpointing"),
-    rest_in_matrix(
-        itertools.product(("lora", "dora"), ("ordered", "fast"), ("none", "layers")), ("lora", "ordered", "layers")
-    ),
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("checkpointing", ["none", "layers"])
+@pytest.mark.parametrize("reduction", ["ordered", "fast"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
 def test_frozen_layers_beside_adapters_are_split_on_any_backend(
     trained_alone: Alone,
     train: Build,
@@ -205,6 +201,20 @@ def test_frozen_layers_beside_adapters_are_split_on_any_backend(
         assert split == whole
     else:
         _require_close(split, whole)
+
+
+@pytest.mark.matrix
+def test_a_rank_out_of_memory_in_a_split_layer_makes_all_continue_with_fewer_rows(
+    trained_alone: Alone, train: Build, fault: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conftest, "WORKFLOW", _ON_A_BASE)
+    shutil.copytree(trained_alone[0] / "artifacts/train", "base")
+    settings = f'{FIXED}\nmethod = "lora"\n'
+    fault("memory")
+    split = train(2, train=settings, sharding='"full"', restarts=0)
+    assert _batch_sizes() == [(0, 2, "begin"), (0, 1, "out of memory")]
+    shutil.rmtree("artifacts/train")
+    _require_close(split, train(1, train=settings))
 
 
 _AWARE = """

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxflow.distributed import supervisor
+from mlxflow.distributed import running_rank, supervisor
 from mlxflow.distributed.launcher import Launch
 from mlxflow.distributed.memory_deaths import MemoryDeaths
 from mlxflow.distributed.supervisor import RestartLimits, supervise
@@ -87,6 +87,12 @@ def test_all_ranks_start_again_as_often_as_the_limit_says(run: Run, capfd: pytes
 
 def test_a_restart_that_succeeds_is_a_success(run: Run) -> None:
     run("1 once begun; 1 beat 1 x; 1 fail error 1 ValueError: odd; all done", restarts=1)
+
+
+def test_a_rank_that_hangs_after_it_said_why_it_ends_is_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_rank, "END_SECONDS", 0.5)
+    with pytest.raises(StageError, match=r"^train: rank 1 failed at step 3 \(update\): ValueError: odd\. "):
+        run("0 wait 3 sum of gradients; 0 sleep 60; 1 beat 3 update; 1 hang ValueError: odd")
 
 
 def test_ranks_start_again_with_fewer_rows_until_the_memory_is_enough_and_no_restart_is_counted(
