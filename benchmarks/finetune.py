@@ -3,6 +3,9 @@
     python benchmarks/finetune.py JOB [ROW ...]     rows of a job, in turn; all of them by default
     python benchmarks/finetune.py rows              their names
     python benchmarks/finetune.py parts [ROWS ...]  the parts of a step of the 8b job, each alone
+    python benchmarks/finetune.py forecast [NAME ...]
+                                                    what `mlxflow fit` predicts of small jobs, beside what they take:
+                                                    pairs of peak memory, seconds of a step, and seconds to the end
     TINY=1 python benchmarks/finetune.py ...        the same in a tiny shape, to try the script on any device
 
 | job | |
@@ -30,8 +33,8 @@ from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
-from benchmarks import finetune_parts, finetune_rows
-from benchmarks.finetune_folder import JOBS, make
+from benchmarks import finetune_forecast, finetune_parts, finetune_rows
+from benchmarks.finetune_folder import JOBS, make, smollm2_folder
 from benchmarks.processes import let_children_import_checkout
 from mlxflow.device import cpu_backend
 
@@ -72,6 +75,19 @@ def _run_row(name: str, command: Sequence[str]) -> None:
     print("\n".join(lines) if lines else json.dumps({"row": name, "failed": done.returncode, "end": end}), flush=True)
 
 
+def _forecast(names: Sequence[str]) -> None:
+    """Print the lines of `finetune_forecast`; the model folders of its jobs are made where they are missing."""
+    if unknown := [name for name in names if name not in finetune_forecast.JOBS]:
+        sys.exit(f"no job {unknown[0]!r}. Known: {', '.join(finetune_forecast.JOBS)}")
+    needed = {finetune_forecast.JOBS[name][0] for name in names or finetune_forecast.JOBS}
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(os.environ.get("FINETUNE_FOLDER", scratch))
+        for job in needed & JOBS.keys():
+            subprocess.run([sys.executable, __file__, "make", job, str(place / job)], check=True)
+        folders = {job: place / job / "model" for job in needed & JOBS.keys()}
+        finetune_forecast.main(list(names), {"dense": smollm2_folder(), **folders})
+
+
 def _folder_name(job: str) -> str:
     """Return the folder of a job's model; jobs of one model share it, their texts are written anew."""
     return "8b" if job.startswith("8b") else job
@@ -90,6 +106,8 @@ def _main() -> None:
             ROWS[name](name, JOBS[job], Path(folder))
         case ["rows"]:
             print("\n".join(ROWS))
+        case ["forecast", *jobs]:
+            _forecast(jobs)
         case ["parts", *rows]:
             finetune_parts.main([int(number) for number in rows])
         case [job, *names] if job in JOBS:

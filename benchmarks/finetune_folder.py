@@ -163,20 +163,32 @@ def _random(mx: Any, name: str, value: Any, bits: int) -> Any:
     return (mx.random.normal(value.shape) * 0.02).astype(mx.bfloat16)
 
 
+def smollm2_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct: `SMOLLM2`, or the one that the journey's tests use.
+
+    Raises:
+        SystemExit: it is missing.
+    """
+    from tests.journey import pretrained
+
+    try:
+        return Path(os.environ["SMOLLM2"]) if "SMOLLM2" in os.environ else pretrained.model_folder()
+    except pretrained.UnavailableError as error:
+        raise SystemExit(f"SmolLM2-135M-Instruct: {error}. Set SMOLLM2 to its folder.") from error
+
+
 def _quantize_pretrained(job: Job, folder: Path) -> None:
     """Write SmolLM2-135M-Instruct in 4 bits, from the folder that the journey's tests made, with the words as tokens.
 
     Raises:
-        SystemExit: that folder is missing.
+        SystemExit: that model is missing.
     """
     import mlx.core as mx
     import mlx.nn as nn
 
     from mlxflow.models import model_folder
 
-    source = Path(os.environ.get("SMOLLM2", Path.home() / ".cache/mlxflow-tests/SmolLM2-135M-Instruct"))
-    if not (source / "config.json").exists():
-        raise SystemExit(f"{source}: missing. Run: python -m pytest -m journey tests/journey, or set SMOLLM2.")
+    source = smollm2_folder()
     model, config = model_folder.load(source)
     nn.quantize(model, group_size=64, bits=job.bits)
     mx.eval(model.parameters())

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.messages.advice import advise_build
@@ -14,6 +14,9 @@ from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
 from mlxflow.workflow.model import Stage, Workflow
 from mlxflow.workflow.stage import rooted
+
+if TYPE_CHECKING:
+    from mlxflow.training.forecast import Seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +71,7 @@ def fit(workflow: Workflow, stage: Stage, *, batch_sizes: Sequence[int], context
 
 def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     """Print what a training will take."""
+    from mlxflow.data.token_file import TokenFile
     from mlxflow.device import compute_device, cpu_backend
     from mlxflow.stages import train
     from mlxflow.training.forecast import forecast
@@ -82,7 +86,7 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     context = _context(workflow, stage, chosen, limit)
     with remote_code.trusting_code(workflow.trusts_code(stage)):
         request, tokens, _, _ = train.table_job(stage.config, inputs, context)  # type: ignore[arg-type]
-        expected = forecast(request, tokens, context)
+        expected = forecast(request, tokens, TokenFile.open(inputs.validation).rows, context)
     if expected.peak_bytes is None:
         write_markdown(
             f"{stage.task}: does not fit: a quarter of a pass of {expected.tokens:,} tokens ends in an error\n"
@@ -92,8 +96,17 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     write_markdown(
         f"{stage.task}: {fits}: {expected.peak_bytes / 1e6:,.1f} MB in a pass of {expected.tokens:,} tokens; "
         f"limit {limit / 1e6:,.0f} MB\n"
-        f"{expected.num_steps:,} steps: about {expected.seconds:,.0f} seconds, without validations\n"
+        f"{expected.seconds.steps:,} steps: {_described(expected.seconds)}\n"
         + (f"checkpointing: {expected.note}\n" if expected.note else "")
+    )
+
+
+def _described(seconds: "Seconds") -> str:
+    """Return the seconds to the end and those of their parts."""
+    begin = seconds.start + seconds.first_step
+    return (
+        f"about {seconds.total:,.1f} seconds to the end: {begin:,.1f} to start and to compile, "
+        f"{seconds.step:,.2f} a step, {seconds.validation:,.1f} each of {seconds.validations} validations"
     )
 
 

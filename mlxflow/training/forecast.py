@@ -1,55 +1,88 @@
-"""What a training will take, before it begins: peak memory of a step and seconds to the end, from small trials.
+"""What a training will take, before it begins: peak memory and seconds to the end, from its shapes and some trials.
 
-A quarter and a half of the rows of a pass are tried. The time of a pass is taken for linear in its tokens, as it is for
-rows of one length; where a pass has a single row, its beginning is tried, and time that grows with the square of the
-length is underestimated. The peak is that of the traced step (`memory_forecast`), or of the larger trial if that is
-more: an update does not grow with the tokens. If a step cannot be traced, its peak is taken for linear, too.
+If its predicted memory fits (`memory_forecast`), steps are timed with all rows of a pass. Otherwise a quarter and a
+half of them are tried, and the time and peak of a pass are taken for linear in its tokens: what a trial is off by, the
+result is off by up to three times as much. Where a pass has a single row, its beginning is tried, and time that grows
+with the square of the length is underestimated. An update does not grow with the tokens.
+
+Seconds to the end are those of the start, of what is compiled in the first step, of all steps, and of all validations;
+the rows of a pass are validated to know them. Writing files is not counted.
 """
 
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxflow.data.token_file import TokenFile
+from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.storage.run_context import Context
-from mlxflow.training import job
+from mlxflow.training import build, job
 from mlxflow.training.checkpointing_choice import choose_checkpointing
 from mlxflow.training.memory_forecast import forecast_memory
+from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.step_trials import StepTrial, part_of, try_step
+
+
+class Seconds(NamedTuple):
+    """The seconds of the parts of a training.
+
+    Attributes:
+        start: until the first validation: the model is opened and kernels are selected.
+        first_step: what the first step takes beyond a later one.
+        step: of a step.
+        steps: number of steps.
+        validation: of a validation.
+        validations: number of validations, with the one of the written model.
+    """
+
+    start: float
+    first_step: float
+    step: float
+    steps: int
+    validation: float
+    validations: int
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.start + self.first_step + self.step * self.steps + self.validation * self.validations
 
 
 class Forecast(NamedTuple):
     """What a training will take.
 
     Attributes:
-        peak_bytes: of MLX's arrays in a step; None if not even a quarter of a pass fits into the memory.
-        seconds: of all steps, without validations and checkpoints.
-        num_steps: of the training.
+        peak_bytes: of MLX's arrays; None if not even a quarter of a pass fits into the memory.
+        seconds: to the end, without checkpoints and the writing of files.
         tokens: of a pass.
         note: what trials chose; empty if they chose nothing.
     """
 
     peak_bytes: float | None
-    seconds: float
-    num_steps: int
+    seconds: Seconds
     tokens: int
     note: str = ""
 
 
-def forecast(request: job.Job, tokens: TokenFile, context: Context) -> Forecast:
+def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Context) -> Forecast:
     """Return what a training will take; nothing is trained or written.
 
     Args:
         request: the training.
         tokens: to train on.
+        validation: all validation rows.
         context: of the stage.
 
     Raises:
         UserError: a setting does not fit the model.
     """
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         kept_apart = request.kernels._replace(memory_file=Path(scratch) / "kernels.json")
         _, subject, kernels = job.prepare(request._replace(kernels=kept_apart), tokens, context)
+    start_seconds = time.perf_counter() - begin
     settings, note = subject.settings, ""
     rows = tokens.rows.head(settings.batch_size)
     if request.picks_checkpointing:
@@ -57,18 +90,53 @@ def forecast(request: job.Job, tokens: TokenFile, context: Context) -> Forecast:
         settings, note = settings.replace(checkpoint_every=choice.every), choice.line
         subject = subject._replace(settings=settings)
     count = rows.num_rows * (rows.tokens.shape[1] - 1)
-    trials = [try_step(subject, kernels, part_of(rows, share)) for share in (4, 2)]
-    few, many = trials
+    traced = _traced_peak(subject, kernels, rows)
+    fits = traced is not None and traced <= context.memory_limit_bytes
+    whole = try_step(subject, kernels, rows) if fits else None
+    few, many = (whole, whole) if whole else (try_step(subject, kernels, part_of(rows, share)) for share in (4, 2))
     if few is None:
-        return Forecast(None, 0.0, settings.num_steps, count, note)
+        return Forecast(None, Seconds(start_seconds, 0, 0, settings.num_steps, 0, 0), count, note)
     many = many or few
     pass_seconds = _at(count, few.tokens, few.seconds, many.tokens, many.seconds)
-    step_seconds = pass_seconds * settings.grad_accum_steps + many.update_seconds
+    seconds = Seconds(
+        start=start_seconds,
+        first_step=many.first_seconds,
+        step=pass_seconds * settings.grad_accum_steps + many.update_seconds,
+        steps=settings.num_steps,
+        validation=_validation_seconds(subject, validation.head(settings.max_validation_rows)),
+        validations=num_validations(settings) + 1,
+    )
+    return Forecast(traced or _peak(few, many, count), seconds, count, note)
+
+
+def num_validations(settings: TrainingSettings) -> int:
+    """Return how often a training that is not ended early validates: before it, at intervals and at its end."""
+    steps, every = settings.num_steps, settings.eval_every
+    return 2 + (steps - 1) // every if every else 2
+
+
+def _validation_seconds(subject: build.Subject, rows: Rows) -> float:
+    """Return the seconds of a validation; those of the rows of a pass are measured, the second time."""
+    some = rows.head(subject.settings.batch_size)
+    seconds = 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        measure_perplexity(
+            subject.model,
+            some,
+            batch_size=subject.settings.batch_size,
+            masks_documents=subject.settings.masks_documents,
+        )
+        seconds = time.perf_counter() - begin
+    return seconds * rows.num_rows / some.num_rows
+
+
+def _traced_peak(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> float | None:
+    """Return the predicted peak; None if the model, of other code, uses what MLX cannot export."""
     try:
-        peak: float = max(many.peak_bytes, forecast_memory(subject, kernels, rows).peak_bytes)
-    except (ValueError, RuntimeError):  # a model of other code may use what MLX cannot export
-        peak = _peak(few, many, count)
-    return Forecast(peak, step_seconds * settings.num_steps, settings.num_steps, count, note)
+        return forecast_memory(subject, kernels, rows).peak_bytes
+    except (ValueError, RuntimeError):
+        return None
 
 
 def _peak(few: StepTrial, many: StepTrial, tokens: int) -> float:

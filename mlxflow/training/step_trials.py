@@ -14,6 +14,9 @@ from mlxflow.training.precompile import restored
 # The most steps that a trial sends to the device together
 _MOST_AHEAD = 5
 
+# About the most seconds of these steps; there are at least two
+_TRIAL_SECONDS = 20.0
+
 
 class StepTrial(NamedTuple):
     """A pass that was tried.
@@ -24,6 +27,7 @@ class StepTrial(NamedTuple):
         pass_peak_bytes: the same in the forward and backward pass; the rest does not grow with the tokens.
         seconds: of a forward and backward pass.
         update_seconds: of an update.
+        first_seconds: what the first pass and update took beyond the second ones: what is compiled in them.
     """
 
     tokens: int
@@ -31,6 +35,7 @@ class StepTrial(NamedTuple):
     pass_peak_bytes: int
     seconds: float
     update_seconds: float
+    first_seconds: float = 0.0
 
 
 def try_step(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> StepTrial | None:
@@ -51,21 +56,25 @@ def try_step(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> StepT
     try:
         with restored(subject.model), build.ready_step(subject, kernels) as step, phase_peaks.followed() as peak:
             mx.eval(step.state)
+            lone: list[float] = []
             for _ in range(2):
+                begin_of_pass = time.perf_counter()
                 with phase_peaks.followed() as of_pass:
                     gradients = step.compute(tokens, marks)
                     _wait(gradients)
                 begin = time.perf_counter()
                 _wait([step.update(gradients), step.state])
                 update_seconds = time.perf_counter() - begin
+                lone.append(time.perf_counter() - begin_of_pass)
                 del gradients
-            ahead = min(_MOST_AHEAD, subject.settings.lazy_eval_every + 1)
+            ahead = _num_ahead(subject.settings.lazy_eval_every, lone[-1])
             begin = time.perf_counter()
             for _ in range(ahead):  # as the trainer sends them
                 mx.async_eval(step.update(step.compute(tokens, marks)), step.state)
             _wait(step.state)
             seconds = (time.perf_counter() - begin) / ahead
-        return StepTrial(count, peak.bytes, of_pass.bytes, max(0.0, seconds - update_seconds), update_seconds)
+        of_step = max(0.0, seconds - update_seconds), update_seconds, max(0.0, lone[0] - lone[1])
+        return StepTrial(count, peak.bytes, of_pass.bytes, *of_step)
     except RuntimeError as error:
         if memory_errors.out_of_memory_bytes(error) is None:
             raise
@@ -73,6 +82,11 @@ def try_step(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> StepT
         return None
     finally:
         mx.clear_cache()
+
+
+def _num_ahead(lazy_eval_every: int, seconds: float) -> int:
+    """Return the number of steps that are sent together: as the trainer does it, fewer where a step takes long."""
+    return max(2, min(_MOST_AHEAD, lazy_eval_every + 1, int(_TRIAL_SECONDS / max(seconds, 1e-9))))
 
 
 def _wait(results: Any) -> None:

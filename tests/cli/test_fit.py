@@ -46,10 +46,12 @@ def test_fit_says_what_a_training_will_take_before_its_model_exists(
     assert result.returncode == 0, result.stderr
     found = re.fullmatch(
         r"train: fits: ([\d,.]+) MB in a pass of [\d,]+ tokens; limit [\d,]+ MB\n"
-        r"\d+ steps: about [\d,]+ seconds, without validations\n",
+        r"(\d+) steps: about ([\d,.]+) seconds to the end: ([\d.]+) to start and to compile, ([\d.]+) a step, "
+        r"[\d.]+ each of \d validations\n",
         result.stdout,
     )
     assert found, result.stdout
     predicted = float(found[1].replace(",", "")) * 1e6
+    assert float(found[3].replace(",", "")) >= float(found[4]) + int(found[2]) * float(found[5]) * 0.5
     assert 0.5 * trained < predicted < 2 * trained  # a tiny model: buffers of a step in flight are a large part
     assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == ["pretokenize"]

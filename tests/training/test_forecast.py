@@ -1,7 +1,14 @@
+from typing import Any
+
+import numpy as np
 import pytest
 
-from mlxflow.training.forecast import _at, _peak
-from mlxflow.training.step_trials import StepTrial
+from mlxflow.data.token_file import Rows
+from mlxflow.training import forecast, job
+from mlxflow.training.forecast import Seconds, _at, _peak, num_validations
+from mlxflow.training.memory_forecast import MemoryForecast
+from mlxflow.training.settings import TrainingSettings
+from mlxflow.training.step_trials import StepTrial, _num_ahead
 
 
 def test_a_pass_is_linear_in_its_tokens_and_never_below_a_trial() -> None:
@@ -14,3 +21,60 @@ def test_the_peak_of_the_update_does_not_grow_with_the_tokens() -> None:
     few, many = StepTrial(100, 90, 30, 1.0, 0.1), StepTrial(200, 90, 40, 2.0, 0.1)
     assert _peak(few, many, 400) == 90
     assert _peak(few, many, 4000) == pytest.approx(420)
+
+
+def test_seconds_to_the_end_count_start_compilation_and_every_validation() -> None:
+    assert Seconds(start=3, first_step=2, step=0.5, steps=60, validation=4, validations=3).total == 3 + 2 + 30 + 12
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "validations"), [(60, 0, 2), (60, 100, 2), (60, 60, 2), (60, 20, 4), (61, 20, 5), (1, 1, 2)]
+)
+def test_validations_are_counted_as_the_trainer_makes_them(steps: int, every: int, validations: int) -> None:
+    settings = TrainingSettings(num_steps=steps, eval_every=every, warmup_steps=0)
+    made = 1 + sum(step == steps or (every > 0 and step % every == 0) for step in range(1, steps + 1))
+    assert num_validations(settings) == made == validations
+
+
+def test_slow_steps_are_tried_less_often() -> None:
+    assert [_num_ahead(4, seconds) for seconds in (0.01, 5.0, 60.0)] == [5, 4, 2]
+    assert _num_ahead(1, 0.01) == 2
+
+
+class _Stand:
+    """Stands in for a job, tokens and a context."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def _replace(self, **_: Any) -> "_Stand":
+        return self
+
+
+@pytest.mark.parametrize(("traced", "tried", "step"), [(900, [8], 7.0), (1100, [2, 4], 6.0)])
+def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
+    traced: int, tried: list[int], step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainingSettings(num_steps=10, batch_size=8, warmup_steps=0, grad_accum_steps=2, eval_every=4)
+    rows, trials = Rows(np.zeros((16, 5), np.int32), np.full((16, 5), 3, np.uint8)), []
+
+    def try_step(_subject: Any, _kernels: Any, some: Rows) -> StepTrial:
+        trials.append(some.num_rows)
+        seconds = {8: 3.0, 4: 1.5, 2: 1.0}[some.num_rows]  # of parts a line gives 2.5 for all rows
+        return StepTrial(4 * some.num_rows, 100 * some.num_rows, 50, seconds, 1.0, first_seconds=2.0)
+
+    subject = _Stand(settings=settings, model=None)
+    monkeypatch.setattr(job, "prepare", lambda *_: (None, subject, None))
+    monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(traced, 32))
+    monkeypatch.setattr(forecast, "try_step", try_step)
+    monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
+    request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
+    context: Any = _Stand(memory_limit_bytes=1000)
+    tokens: Any = _Stand(rows=rows)
+    expected = forecast.forecast(request, tokens, rows, context)
+    assert trials == tried
+    assert expected.peak_bytes == traced
+    seconds = expected.seconds
+    assert seconds.step == pytest.approx(step)
+    assert (seconds.steps, seconds.first_step) == (10, 2.0)
+    assert (seconds.validation, seconds.validations) == (5.0, 5)  # steps 0, 4, 8 and 10, and the written model
