@@ -125,3 +125,17 @@ def test_two_gpus_with_split_layers_learn_what_one_does(
     settings = f'{_SETTINGS}checkpointing = "{checkpointing}"\n'
     model = train_on_two_gpus(train=settings, sharding='"full"', reduction='"fast"')
     _require_close(f"split layers, checkpointing {checkpointing}", model, trained_alone[1])
+
+
+def test_two_gpus_with_split_frozen_layers_learn_what_one_does(
+    trained_alone: Alone, train_on_two_gpus: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = _WORKFLOW.partition("[train.model]")[0] + '[train.model]\nfrom = "base"\n'
+    monkeypatch.setattr(conftest, "WORKFLOW", text)
+    shutil.copytree(trained_alone[0] / "artifacts/train", "base")
+    settings = f'{_SETTINGS}method = "lora"\n'
+    Path("workflow.toml").write_text(text.format(distributed="", train=settings))
+    subprocess.run([sys.executable, "-m", "mlxflow", "run", "train"], check=True)
+    alone = Path("artifacts/train/model.safetensors").read_bytes()
+    model = train_on_two_gpus(train=settings, sharding='"full"')
+    _require_close("adapters beside split layers", model, alone)
