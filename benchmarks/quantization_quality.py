@@ -85,9 +85,10 @@ def learned(folder: str) -> None:
         plan = uniform_plan(job.model(), "affine", bits)
         perplexities = {"rtn": job.rounded(job.model(), plan)}
         if bits != 3:  # mlx-lm's GPTQ does not have it
-            model = job.model()
-            made = calibrated.gptq(job.model, plan, tokens[:, :-1], batch_size=8, key="quantize")
-            perplexities["gptq"] = job.perplexity_of(model, made, plan)
+            model, rows = job.model(), tokens[:, :-1]
+            with tempfile.TemporaryDirectory() as codes:
+                made = calibrated.gptq(job.model, plan, rows, batch_size=8, folder=Path(codes), key="quantize")
+                perplexities["gptq"] = job.perplexity_of(model, made, plan)
         model = job.model()
         with tempfile.TemporaryDirectory() as scaled:
             rows = tokens[:, :-1]

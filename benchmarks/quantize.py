@@ -18,6 +18,8 @@
     python benchmarks/quantize.py memory [SHAPE [METHODS [LAYERS]]]
                                                        memory and time of each method on random weights of Llama 3's
                                                        shape with few layers, and what grows with their number
+    python benchmarks/quantize.py forecast [NAMES [LAYERS]]
+                                                       forecasts of time and memory beside what each method took
 
 Prints one line of JSON a row. Everything but `recovery` is on the CPU.
 """
@@ -33,6 +35,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
 from benchmarks.conversion import convert, write
 from benchmarks.processes import let_children_import_checkout
+from benchmarks.quantization_forecast import forecast
 from benchmarks.quantization_job import WORKFLOW, Job, print_row, uniform_plan
 from benchmarks.quantization_memory import memory
 from benchmarks.quantization_quality import budget, learned, qat, recovery
@@ -149,7 +152,21 @@ def evaluate(folder: str) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (base, qat, recovery, learned, step, budget, symmetric, sizes, evaluate, convert, write, memory)
+    for part in (
+        base,
+        qat,
+        recovery,
+        learned,
+        step,
+        budget,
+        symmetric,
+        sizes,
+        evaluate,
+        convert,
+        write,
+        memory,
+        forecast,
+    )
 }
 
 if __name__ == "__main__":

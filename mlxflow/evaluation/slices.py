@@ -47,7 +47,7 @@ def rows_at_once(model: nn.Module, *, context_length: int, most: int, logits: in
     shapes = [value.shape for _, value in tree_flatten(model.parameters()) if value.ndim > 1]
     vocab_size = max((shape[-2] for shape in shapes), default=1)
     widest = max((max(shape[-2:]) for shape in shapes if shape[-2] < vocab_size), default=vocab_size)
-    heads = _num_heads(model) or -(-widest // _USUAL_HEAD_WIDTH)
+    heads = num_heads(model) or -(-widest // _USUAL_HEAD_WIDTH)
     numbers = _WIDE_ARRAYS * widest + _SCORE_ARRAYS * heads * context_length + 2 * logits
     room = min(_BODY_BYTES[_device()], mx.get_memory_limit() // _BODY_SHARE)
     return int(min(most, max(1, room // (4 * context_length * numbers))))
@@ -57,7 +57,7 @@ def _device() -> str:
     return "cpu" if mx.default_device() == mx.cpu else "gpu"
 
 
-def _num_heads(model: nn.Module) -> int:
+def num_heads(model: nn.Module) -> int:
     """Return the largest number of attention heads in a model's settings; 0 if they have none."""
     settings = getattr(getattr(model, "args", None), "__dict__", {})
     tables = [settings, *(value for value in settings.values() if isinstance(value, dict))]

@@ -28,6 +28,7 @@ from mlxflow.quantization.mlx_lm_patches import (
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.stored_codes import CodesOnDisk
 from mlxflow.storage.host_arrays import numpy_of
 
 #: Rows in a forward pass of the methods.
@@ -81,7 +82,7 @@ def learn(
         load: returns the same model with weights of its own; see the functions of the other methods.
         plan: module path to setting.
         tokens: (R, L + 1) ids to calibrate on.
-        folder: for the changed weights of "awq".
+        folder: for codes, and the changed weights of "awq".
         seed: of the order of the rows.
         key: of the table with the settings, for messages.
 
@@ -90,7 +91,7 @@ def learn(
     """
     mx.eval(tokens)
     if method == "gptq":
-        packed = gptq(load, plan, tokens[:, :-1], batch_size=BATCH_SIZE, key=key)
+        packed = gptq(load, plan, tokens[:, :-1], batch_size=BATCH_SIZE, folder=folder, key=key)
     elif method == "awq":
         packed = awq(model, plan, tokens[:, :-1], search_steps=_AWQ_STEPS, folder=folder, key=key)
     else:
@@ -100,7 +101,13 @@ def learn(
 
 
 def gptq(
-    load: Callable[[], nn.Module], plan: Mapping[str, Setting], tokens: mx.array, *, batch_size: int, key: str
+    load: Callable[[], nn.Module],
+    plan: Mapping[str, Setting],
+    tokens: mx.array,
+    *,
+    batch_size: int,
+    folder: Path,
+    key: str,
 ) -> dict[str, Packed]:
     """Return layers whose codes compensate each other's errors (GPTQ; Frantar et al. 2022, arXiv:2210.17323).
 
@@ -112,6 +119,7 @@ def gptq(
         plan: module path to setting; layers that are not in it stay dense.
         tokens: (R, L) ids to calibrate on.
         batch_size: rows in a forward pass.
+        folder: for the codes, which are read when they are used.
         key: of the table with the settings, for messages.
 
     Raises:
@@ -120,13 +128,17 @@ def gptq(
     """
     name = _named("gptq", key)
     require_learnable("gptq", load(), plan, key=key)
-    packed = compensated_layers(load, plan, tokens, batch_size=batch_size, name=name)
-    _require_finite(packed, name)
+    stored = CodesOnDisk(folder)
+
+    def keep(codes: dict[str, Packed]) -> dict[str, Packed]:
+        _require_finite(codes, name)
+        return stored.kept(codes)
+
+    packed = compensated_layers(load, plan, tokens, batch_size=batch_size, keep=keep, name=name)
     layers = quantizable_layers(load())
     for path, setting in plan.items():
         if path not in packed:
-            packed[path] = pack(layers.pop(path).weight, setting)
-            mx.eval(packed[path])
+            packed |= stored.kept({path: pack(layers.pop(path).pop("weight"), setting)})
     return packed
 
 
@@ -149,7 +161,7 @@ def awq(
         plan: module path to setting; layers that are not in it stay dense.
         tokens: (R, L) ids to calibrate on; the activations of a block on all of them are held in memory.
         search_steps: number of scales to try for each group of layers.
-        folder: for the files, which the model reads when its weights are used.
+        folder: for codes and weights, which are read when they are used.
         key: of the table with the settings, for messages.
 
     Raises:
@@ -158,20 +170,19 @@ def awq(
     from mlxflow.quantization.awq import scale_and_clip
 
     require_learnable("awq", model, plan, key=key)
-    modules, packed = dict(model.named_modules()), {}
+    modules, stored = dict(model.named_modules()), CodesOnDisk(folder)
+    packed: dict[str, Packed] = {}
     with show_layers(key, len(model.layers)) as watch:
 
         def finished(block: str) -> None:
-            for path in (path for path in plan if path.startswith(f"{block}.")):
-                packed[path] = pack(modules[path].weight, plan[path])
-                mx.eval(packed[path])
+            own = [path for path in plan if path.startswith(f"{block}.")]
+            packed.update(stored.kept({path: pack(modules[path].weight, plan[path]) for path in own}))
             _store(modules[block], _scaled_file(folder, block))
             watch(block)
 
         scale_and_clip(model, plan, tokens, search_steps=search_steps, watch=finished)
     for path in (path for path in plan if path not in packed):
-        packed[path] = pack(modules[path].weight, plan[path])
-        mx.eval(packed[path])
+        packed |= stored.kept({path: pack(modules[path].weight, plan[path])})
     return packed
 
 

@@ -5,6 +5,7 @@ given to it as a model of its own, with the dense model's hidden states as its r
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +25,13 @@ GPTQ_BITS = (2, 4, 8)
 
 
 def compensated_layers(
-    load: Callable[[], nn.Module], plan: Mapping[str, Setting], tokens: mx.array, *, batch_size: int, name: str
+    load: Callable[[], nn.Module],
+    plan: Mapping[str, Setting],
+    tokens: mx.array,
+    *,
+    batch_size: int,
+    keep: Callable[[dict[str, Packed]], dict[str, Packed]],
+    name: str,
 ) -> dict[str, Packed]:
     """Return the layers of a plan that GPTQ learns.
 
@@ -36,6 +43,7 @@ def compensated_layers(
         plan: module path to setting.
         tokens: (R, L) ids to calibrate on.
         batch_size: rows in a forward pass.
+        keep: takes the layers of a block, and returns them as they are to be held until the end.
         name: of the setting, for messages.
 
     Raises:
@@ -44,27 +52,23 @@ def compensated_layers(
     model = load()
     recorded = find_blocks(model, context_length=tokens.shape[1])
     if isinstance(recorded, str):
-        return _learned(model, plan, tokens, batch_size=batch_size, name=name)
+        return keep(_learned(model, plan, tokens, batch_size=batch_size, name=name))
     packed: dict[str, Packed] = {}
     modules = dict(model.named_modules())
-    hidden = recorded.embed(tokens)
-    mx.eval(hidden)
+    hidden = _Batches(recorded.embed(tokens), batch_size)
     for call in recorded.calls:
         block, prefix = modules[call.path], f"{call.path}."
         own = {
             f"part.{path.removeprefix(prefix)}": setting for path, setting in plan.items() if path.startswith(prefix)
         }
         learned = _learned(_PartAsModel(block, call.__call__), own, hidden, batch_size=batch_size, name=name)
-        packed |= {prefix + path.removeprefix("part."): codes for path, codes in learned.items()}
-        parts = []
-        for begin in range(0, len(hidden), batch_size):
-            parts.append(call(block, hidden[begin : begin + batch_size]))
-            mx.eval(parts[-1])
-        hidden = mx.concatenate(parts)
-        mx.eval(hidden)
+        packed |= keep({prefix + path.removeprefix("part."): codes for path, codes in learned.items()})
+        del learned
+        hidden.replace(partial(call.__call__, block))
         remove_weights(block)
         mx.clear_cache()
-    return packed | _learned_outside(model, recorded, plan, (tokens, hidden), batch_size=batch_size, name=name)
+    inputs = tokens, hidden.whole()
+    return packed | keep(_learned_outside(model, recorded, plan, inputs, batch_size=batch_size, name=name))
 
 
 def learned_by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Setting, list[str]]:
@@ -82,6 +86,36 @@ def learned_by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Se
         ):
             paths.setdefault(setting, []).append(path)
     return paths
+
+
+class _Batches:
+    """Rows in batches that are replaced one by one, so that memory holds them once."""
+
+    def __init__(self, rows: mx.array, size: int) -> None:
+        self._size, self._count = size, len(rows)
+        self._parts: list[mx.array] = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        mx.eval(self._parts)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, span: slice) -> mx.array:
+        """Return a batch; the span begins with one."""
+        part: mx.array = self._parts[span.start // self._size]
+        return part
+
+    def replace(self, change: Callable[[mx.array], mx.array]) -> None:
+        """Replace each batch by what a function makes of it."""
+        for number, part in enumerate(self._parts):
+            self._parts[number] = change(part)
+            mx.eval(self._parts[number])
+
+    def whole(self) -> mx.array:
+        """Return all rows; the batches are emptied."""
+        rows = mx.concatenate(self._parts)
+        mx.eval(rows)
+        self._parts.clear()
+        return rows
 
 
 class _PartAsModel(nn.Module):  # type: ignore[misc]
@@ -102,7 +136,7 @@ class _PartAsModel(nn.Module):  # type: ignore[misc]
 
 
 def _learned(
-    model: nn.Module, plan: Mapping[str, Setting], rows: mx.array, *, batch_size: int, name: str
+    model: nn.Module, plan: Mapping[str, Setting], rows: mx.array | _Batches, *, batch_size: int, name: str
 ) -> dict[str, Packed]:
     """Return the layers of a model that GPTQ learns from rows, (R, ...), that the model takes."""
     from mlx_lm.quant.gptq import gptq_quantize

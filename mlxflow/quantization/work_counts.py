@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxflow.evaluation.slices import num_heads
 from mlxflow.quantization.block_method import TOKENS_PER_STEP
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
@@ -17,12 +18,18 @@ _PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 5, "block": 6, "qat": 0}
 # Operations to round a weight to a fitted grid, and to pack it
 _ROUNDING, _PACKING = 1500, 100
 
-# Bytes of the logits that are held at a time when a quality loss is measured, by device
-_MEASURED_BYTES = {"cpu": 130_000_000, "gpu": 520_000_000}
+# Bytes of logits for six arrays of them when a quality loss is measured, by device; see `evaluation.slices`
+_LOGITS_BYTES = {"cpu": 128 << 20, "gpu": 512 << 20}
 
 # Bytes for each weight of a block in its training: positions, two averages, gradients and rounded weights, in fp32, and
 # what a layer of the block needs meanwhile
 _BLOCK_TRAINING = 25
+
+# The same of a model in its training; for the costs for a budget: weights, gradients, sums. Rows in a step of DWQ
+_TRAINING, _GRADIENT_SUMS, _DWQ_ROWS = 28, 16, 4
+
+# Bytes of the codes of a weight that are held; width of an attention head where a model does not name their number
+_CODES, _HEAD_WIDTH = 0.7, 64
 
 
 class ModelShape(NamedTuple):
@@ -36,6 +43,8 @@ class ModelShape(NamedTuple):
         square_widths: sum over the layers of the squares of their widths.
         cubic_widths: of their cubes.
         hidden_size: D.
+        widest: inputs of the widest layer.
+        heads: of attention.
         largest: weights of the largest layer.
         vocab_size: V.
     """
@@ -47,6 +56,8 @@ class ModelShape(NamedTuple):
     square_widths: float
     cubic_widths: float
     hidden_size: int
+    widest: int
+    heads: int
     largest: int
     vocab_size: int
 
@@ -65,6 +76,8 @@ class ModelShape(NamedTuple):
             square_widths=sum(width**2 for width in widths),
             cubic_widths=sum(width**3 for width in widths),
             hidden_size=int(min(widths, default=1)),
+            widest=int(max(widths, default=1)),
+            heads=num_heads(model) or max(1, int(min(widths, default=1)) // _HEAD_WIDTH),
             largest=max(sizes.values(), default=0),
             vocab_size=vocab_size,
         )
@@ -107,7 +120,9 @@ def work_of(
             request._replace(block_steps=0, scale_steps=0, training=None), shape, one_pass, tokens, row_tokens, num_rows
         )
         operations += pairs * (trial + shape.parameters * _ROUNDING) + 6.0 * one_pass + (own + one_pass)
-    held = _held_bytes(request, shape, tokens, row_tokens)
+    held = max(
+        _learning_bytes(request, shape, tokens, row_tokens), _measuring_bytes(shape, validation_rows * row_tokens)
+    )
     return QuantizationWork(operations, max(held, whole_gptq_bytes(shape)) if holds_model else held)
 
 
@@ -135,27 +150,58 @@ def _method_operations(
     return operations
 
 
-def _held_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, row_tokens: int) -> float:
-    """Return about the bytes of arrays that are held together at most."""
-    block, hidden = shape.blocks / shape.num_blocks, 4.0 * tokens * shape.hidden_size
+def _learning_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, row_tokens: int) -> float:
+    """Return about the bytes of arrays that a method holds together at most."""
+    item = shape.num_bytes / max(1, shape.parameters)
+    block, hidden = shape.blocks / shape.num_blocks, item * tokens * shape.hidden_size
     outside = shape.num_bytes * (1 - shape.blocks / max(1, shape.parameters))
-    step_logits = 16.0 * TOKENS_PER_STEP * shape.vocab_size
+    step_tokens = min(TOKENS_PER_STEP, tokens)
+    step = _activation_bytes(shape, step_tokens, row_tokens)
     of_method = {
         "rtn": 8.0 * shape.largest,
-        "gptq": outside + 2 * hidden + 12 * block,
-        "awq": outside + 8 * hidden + 16 * block,
-        "dwq": 2.0 * shape.num_bytes + 16.0 * 4 * row_tokens * shape.vocab_size,
-        "block": max(_BLOCK_TRAINING * block, 26.0 * min(shape.largest, 1 << 24) + 2 * outside),
+        "gptq": outside + 2 * hidden + item * block + _hessian_bytes(shape),
+        "awq": outside + 16 * block + item * tokens * (4 * shape.widest + 18 * shape.hidden_size),
+        "dwq": _tuning_bytes(shape, _DWQ_ROWS * row_tokens, row_tokens),
+        "block": max(_BLOCK_TRAINING * block + step, 26.0 * min(shape.largest, 1 << 24) + 2 * outside),
         "qat": 0.0,
     }[request.method]
-    if request.budget is not None:  # gradients of the whole model, and what is made of them
-        of_method = max(of_method, 12.0 * shape.parameters + 16.0 * row_tokens * shape.vocab_size)
+    if request.rotations:  # the rounded model is measured
+        of_method = max(of_method, _measuring_bytes(shape, tokens) + _CODES * shape.parameters)
+    if request.budget is not None:  # gradients of a block, or of the largest layer outside of the blocks
+        one = max(block, outside / item)
+        of_method = max(of_method, _GRADIENT_SUMS * one + _activation_bytes(shape, row_tokens, row_tokens))
     if request.method == "block" and request.scale_steps:
-        of_method = max(of_method, 1.5 * shape.num_bytes + step_logits)
+        of_method = max(of_method, _tuning_bytes(shape, step_tokens, row_tokens))
     if request.training is not None:
-        settings = request.training.settings
-        positions = settings.batch_size * row_tokens
+        positions = request.training.settings.batch_size * row_tokens
+        if request.training.trains == "scales":
+            return _tuning_bytes(shape, positions, row_tokens)
         activations = 64.0 * positions * shape.hidden_size * shape.num_blocks
-        of_method = 32.0 * shape.parameters + 16.0 * positions * shape.vocab_size + activations
-    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
-    return max(of_method, 2 * outside + 8 * block + _MEASURED_BYTES[device])
+        of_method = _TRAINING * shape.parameters + 16.0 * positions * shape.vocab_size + activations
+    return of_method
+
+
+def _activation_bytes(shape: ModelShape, positions: int, row_tokens: int) -> float:
+    """Return about the bytes of a block's activations in a backward pass, attention scores included."""
+    return 4.0 * positions * (8 * shape.widest + 20 * shape.hidden_size + 3 * shape.heads * row_tokens)
+
+
+def _tuning_bytes(shape: ModelShape, positions: int, row_tokens: int) -> float:
+    """Return about the bytes of a quantized model whose scales are trained: on a CPU with dequantized weights."""
+    weights = shape.parameters * (9.0 if mx.default_device() == mx.cpu else 1.0)
+    activations = shape.num_blocks * _activation_bytes(shape, positions, row_tokens)
+    return weights + activations + 16.0 * positions * shape.vocab_size
+
+
+def _hessian_bytes(shape: ModelShape) -> float:
+    """Return about the bytes of a block's Hessians, of the inverse of the widest, and of a layer that is learned."""
+    return 4.0 * shape.square_widths / shape.num_blocks + 12.0 * shape.widest * (shape.widest + shape.hidden_size)
+
+
+def _measuring_bytes(shape: ModelShape, positions: int) -> float:
+    """Return about the bytes that the measurement of the quality loss holds: two heads, and logits or a block."""
+    outside = shape.num_bytes * (1 - shape.blocks / max(1, shape.parameters))
+    room = _LOGITS_BYTES["cpu" if mx.default_device() == mx.cpu else "gpu"]
+    arrays = 4 if shape.num_bytes > 3 * shape.parameters else 6  # logits of 16 bits are held in fp32 as well
+    logits = min(room * arrays / 6, 4.0 * arrays * shape.vocab_size * positions)
+    return 2 * outside + max(logits, 5 * shape.blocks / shape.num_blocks)

@@ -38,7 +38,7 @@ _TRIAL_ROWS, _TRIAL_PRODUCTS, _MOST_WIDTH = {"cpu": 128, "gpu": 4096}, 2, 1024
 _FIXED_SECONDS = 1.0
 
 # Without a record: how many times slower the work is than products alone, by method, and the factor of the interval
-_SLOWER, _UNKNOWN = {"rtn": 1.0, "block": 4.0}, 3.0
+_SLOWER, _UNKNOWN = {"rtn": 2.0, "awq": 1.5}, 3.0
 _USUALLY_SLOWER = 2.5
 
 # With records: the smallest factor of the interval, and that of a single record

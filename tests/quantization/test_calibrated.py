@@ -40,12 +40,14 @@ def _plan(model: nn.Module, setting: Setting, **others: Setting | None) -> dict[
 
 
 def _learn(method: str, model: nn.Module, plan: dict[str, Setting]) -> dict[str, Packed]:
-    if method == "gptq":
-        return gptq(lambda: copy.deepcopy(model), plan, TOKENS[:, :-1], batch_size=4, key="quantize")
-    if method == "awq":
-        with tempfile.TemporaryDirectory() as folder:
-            packed = awq(model, plan, TOKENS[:, :-1], search_steps=4, folder=Path(folder), key="quantize")
-            mx.eval(model.parameters())
+    if method in ("gptq", "awq"):
+        with tempfile.TemporaryDirectory() as name:
+            rows, folder = TOKENS[:, :-1], Path(name)
+            if method == "gptq":
+                packed = gptq(lambda: copy.deepcopy(model), plan, rows, batch_size=4, folder=folder, key="quantize")
+            else:
+                packed = awq(model, plan, rows, search_steps=4, folder=folder, key="quantize")
+            mx.eval(packed, model.parameters())
             return packed
     return dwq(lambda: copy.deepcopy(model), plan, TOKENS, batch_size=2, learning_rate=1e-4, seed=0, key="quantize")
 

@@ -14,7 +14,9 @@ TOKENS = mx.random.randint(0, 60, (8, 8), key=mx.random.key(5))
 
 
 def _learn(model: nn.Module, plan: dict[str, Setting]) -> dict[str, Packed]:
-    return gptq.compensated_layers(lambda: copy.deepcopy(model), plan, TOKENS, batch_size=4, name="quantize.method")
+    return gptq.compensated_layers(
+        lambda: copy.deepcopy(model), plan, TOKENS, batch_size=4, keep=lambda codes: codes, name="quantize.method"
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
