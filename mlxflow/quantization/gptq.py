@@ -105,7 +105,7 @@ class _Batches:
         return part
 
     def replace(self, change: Callable[[mx.array], mx.array]) -> None:
-        """Replace each batch by what a function makes of it."""
+        """Replace each batch by what a function returns for it."""
         for number, part in enumerate(self._parts):
             self._parts[number] = change(part)
             mx.eval(self._parts[number])
