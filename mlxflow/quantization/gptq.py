@@ -55,7 +55,7 @@ def compensated_layers(
         return keep(_learned(model, plan, tokens, batch_size=batch_size, name=name))
     packed: dict[str, Packed] = {}
     modules = dict(model.named_modules())
-    hidden = _Batches(recorded.embed(tokens), batch_size)
+    hidden = _HiddenBatches(recorded.embed(tokens), batch_size)
     for call in recorded.calls:
         block, prefix = modules[call.path], f"{call.path}."
         own = {
@@ -88,7 +88,7 @@ def learned_by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Se
     return paths
 
 
-class _Batches:
+class _HiddenBatches:
     """Rows in batches that are replaced one by one, so that memory holds them once."""
 
     def __init__(self, rows: mx.array, size: int) -> None:
@@ -136,7 +136,7 @@ class _PartAsModel(nn.Module):  # type: ignore[misc]
 
 
 def _learned(
-    model: nn.Module, plan: Mapping[str, Setting], rows: mx.array | _Batches, *, batch_size: int, name: str
+    model: nn.Module, plan: Mapping[str, Setting], rows: mx.array | _HiddenBatches, *, batch_size: int, name: str
 ) -> dict[str, Packed]:
     """Return the layers of a model that GPTQ learns from rows, (R, ...), that the model takes."""
     from mlx_lm.quant.gptq import gptq_quantize
