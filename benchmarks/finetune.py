@@ -41,8 +41,8 @@ from mlxflow.device import cpu_backend
 Row = Callable[..., None]
 
 
-def _recomputed(limit_gb: float) -> Row:
-    return partial(finetune_rows.ours, checkpointing="layers", limit_gb=limit_gb)
+def _recomputed(limit_gb: float, checkpointing: str = "layers") -> Row:
+    return partial(finetune_rows.ours, checkpointing=checkpointing, limit_gb=limit_gb)
 
 
 ROWS: dict[str, Row] = {
@@ -52,6 +52,7 @@ ROWS: dict[str, Row] = {
     "mlxflow, recomputation chosen": partial(finetune_rows.ours, checkpointing="auto"),
     "mlx-lm lora": partial(finetune_rows.mlx_lm, recomputes=False),
     **{f"mlxflow, layers recomputed, limit {limit} GB": _recomputed(limit) for limit in (8, 9, 16)},
+    **{f"mlxflow, pairs recomputed, limit {limit} GB": _recomputed(limit, "pairs") for limit in (8, 9, 16)},
     "PyTorch, dense LoRA, layers recomputed": partial(finetune_rows.torch_lora, recomputes=True),
     "PyTorch, dense LoRA": partial(finetune_rows.torch_lora, recomputes=False),
 }

@@ -88,7 +88,7 @@ def ours(row: str, job: Job, folder: Path, *, checkpointing: str | int = "none",
     if checkpointing == "auto":
         choice = choose_checkpointing(subject, use, rows, limit_bytes=limit)
         figures["chosen"] = choice.line
-        subject = subject._replace(settings=subject.settings.replace(checkpoint_every=choice.every))
+        subject = subject._replace(settings=choice.applied_to(subject.settings))
     logs: list[dict[str, Any]] = []
     session = Session(CheckpointStore(scratch, keep=1, settings={}, say=print), limit, logs.append)
     data = build.make_data(rows, rows.head(1), subject.settings, seed=0)
@@ -108,13 +108,13 @@ def _opened(job: Job, folder: Path, checkpointing: str | int) -> tuple[Any, dict
     from mlxflow.device import phase_peaks
     from mlxflow.models import model_folder
     from mlxflow.training import build, objective
-    from mlxflow.training.settings import checkpoint_every
+    from mlxflow.training.settings import Recomputation
 
     begin, before = time.perf_counter(), psutil.Process().memory_info().rss
     stored = (folder / "model" / "model.safetensors").stat().st_size
     model, _ = model_folder.load(folder / "model")
     figures = {"load_process_over_file": round((_process_peak() - before) / stored, 3)}
-    settings = _settings(job, checkpoint_every(checkpointing))
+    settings = _settings(job, Recomputation.of(checkpointing))
     build.prepare_model(model, settings, adapter_seed=0)
     figures["prepared_process_over_file"] = round((_process_peak() - before) / stored, 3)
     figures["load_seconds"] = round(time.perf_counter() - begin, 1)
@@ -125,7 +125,7 @@ def _opened(job: Job, folder: Path, checkpointing: str | int) -> tuple[Any, dict
     return subject, figures | {"fused_loss": fused}
 
 
-def _settings(job: Job, every: int) -> Any:
+def _settings(job: Job, layers: Any) -> Any:
     """Return settings with a fixed batch size and learning rate, and as little as can be beside the steps."""
     from mlxflow.training.settings import AdapterShape, TrainingSettings
 
@@ -157,7 +157,8 @@ def _settings(job: Job, every: int) -> Any:
         workers=1,
         adjust_every=0,
         precision=job.precision,
-        checkpoint_every=every,
+        checkpoint_every=layers.every,
+        checkpoint_segment=layers.segment,
     )
 
 

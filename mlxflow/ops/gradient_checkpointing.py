@@ -4,15 +4,14 @@ Within a recomputed layer the feed-forward part goes over the tokens in chunks, 
 the widest of a layer, do not grow with the length of the rows.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxflow.ops import patching
 from mlxflow.ops.custom_function import CustomFunction, custom_function
@@ -20,7 +19,7 @@ from mlxflow.ops.token_chunks import by_chunks, drops_out, is_token_wise
 
 
 @contextmanager
-def recomputed(model: nn.Module, *, every: int) -> Iterator[None]:
+def recomputed(model: nn.Module, *, every: int, segment: int = 1) -> Iterator[None]:
     """Checkpoint every N-th layer until the block ends: it keeps only its inputs for the backward pass.
 
     Each such layer gets a subclass of its class; parameters keep their names, other layers of the same class and other
@@ -29,17 +28,89 @@ def recomputed(model: nn.Module, *, every: int) -> Iterator[None]:
     Args:
         model: its layers are the attribute `layers`.
         every: N; 1 for each layer, 0 for none.
+        segment: layers in a row of which only the input of the first is kept. Those before the last are computed twice
+            in the backward pass. Layers that do more than pass one array on are segments of their own.
     """
     chosen: list[nn.Module] = list(model.layers)[::every] if every else []
-    changes = [(layer, _recomputing(cast("Hashable", type(layer)))) for layer in chosen]
+    segments = _Segments(segment)
+    classes = {kind: _recomputing(kind, segments) for kind in map(type, chosen)}
+    changes = [(layer, classes[type(layer)]) for layer in chosen]
     wide = [part for layer in chosen for part in layer.children().values() if is_token_wise(part)]
     changes += [(part, by_chunks(cast("Hashable", type(part)))) for part in wide]
-    with patching.layer_classes(changes, by=__name__):
-        yield
+    try:
+        with patching.layer_classes(changes, by=__name__):
+            yield
+    finally:
+        segments.end()
 
 
-@functools.cache
-def _recomputing(plain: type[nn.Module]) -> type[nn.Module]:
+class _Part(NamedTuple):
+    """A layer in a segment.
+
+    Attributes:
+        function: of its inputs and weights; keeps nothing but them for its gradient.
+        weights: that are trained.
+        restore: gives them back to the layer, which holds those of a trace otherwise.
+    """
+
+    function: CustomFunction
+    weights: list[mx.array]
+    restore: Callable[[], object]
+
+
+class _Segments:
+    """The segment that the layers of a forward pass are in.
+
+    Args:
+        most: layers of a segment.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.end()
+
+    def end(self) -> None:
+        """Begin a new segment with the next layer."""
+        self._parts: list[_Part] = []
+        self._input: Any = None
+        self._result: Any = None
+
+    def call(self, inputs: list[mx.array], part: _Part) -> Any:
+        """Return the result of a layer, which joins the segment if its only input is the result of the layer before."""
+        is_next = len(inputs) == 1 and inputs[0] is self._result and len(self._parts) < self._most
+        parts = [*self._parts, part] if is_next else [part]
+        given = [self._input] if is_next else inputs
+        # The result of the layer before is not needed then, and is not computed
+        function = _joined([one.function for one in parts], [len(one.weights) for one in parts])
+        result = function(*given, *(weight for one in parts for weight in one.weights))
+        for one in parts:
+            one.restore()
+        if len(inputs) == 1 and isinstance(result, mx.array) and self._most > 1:
+            self._parts, self._input, self._result = parts, given[0], result
+        else:
+            self.end()
+        return result
+
+
+# Stands for an array in the form of a result
+_ARRAY = object()
+
+
+def _joined(functions: list[CustomFunction], num_weights: list[int]) -> CustomFunction:
+    """Return the function of layers that follow each other: of the input of the first and the weights of all."""
+    if len(functions) == 1:
+        return functions[0]
+
+    def forward(x: mx.array, *weights: mx.array) -> mx.array:
+        left = list(weights)
+        for function, count in zip(functions, num_weights, strict=True):
+            x, left = function(x, *left[:count]), left[count:]
+        return x
+
+    return _checkpointed(forward, 1)
+
+
+def _recomputing(plain: type[nn.Module], segments: _Segments) -> type[nn.Module]:
     def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
         # Only arguments that may have a gradient are kept and get one; masks, arrays or strings, do not.
         places = [place for place, value in enumerate(arguments) if _is_floating(value)]
@@ -53,13 +124,24 @@ def _recomputing(plain: type[nn.Module]) -> type[nn.Module]:
             for place, array in zip(places, arrays, strict=True):
                 given[place] = array
             with _repeated_dropout(key):
-                return plain.__call__(self, *given, **named)
+                result = plain.__call__(self, *given, **named)
+            if not isinstance(result, mx.array):  # such as an array and None
+                forms[id(self)] = tree_map(lambda leaf: _ARRAY if isinstance(leaf, mx.array) else leaf, result)
+                return tuple(_arrays(result))
+            return result
 
-        inputs = [arguments[place] for place in places]
-        result = _checkpointed(inner, len(inputs))(*inputs, *(value for _, value in weights))
-        self.update(tree_unflatten(weights))
-        return result
+        part = _Part(
+            _checkpointed(inner, len(places)),
+            [value for _, value in weights],
+            lambda: self.update(tree_unflatten(weights)),
+        )
+        result = segments.call([arguments[place] for place in places], part)
+        if id(self) not in forms:
+            return result
+        left = iter(_arrays(result))
+        return tree_map(lambda leaf: next(left) if leaf is _ARRAY else leaf, forms[id(self)])
 
+    forms: dict[int, Any] = {}  # of the results of layers that return more than an array
     return type(f"Recomputed{plain.__name__}", (plain,), {"__call__": call})
 
 
@@ -80,7 +162,7 @@ def _checkpointed(function: Callable[..., Any], num_inputs: int) -> CustomFuncti
     def gradients(primals: Any, incoming: Any, _: Any) -> tuple[mx.array, ...]:
         values = list(primals) if isinstance(primals, tuple | list) else [primals]
         given = _arrays(incoming)
-        found: list[mx.array] = mx.vjp(lambda *values: _arrays(function(*values)), mx.depends(values, given), given)[1]
+        found: list[mx.array] = mx.vjp(function, mx.depends(values, given), given)[1]
         inputs, weights = found[:num_inputs], found[num_inputs:]
         return *(mx.depends(inputs, weights) if inputs and weights else inputs), *weights
 
@@ -88,7 +170,7 @@ def _checkpointed(function: Callable[..., Any], num_inputs: int) -> CustomFuncti
 
 
 def _arrays(tree: Any) -> list[mx.array]:
-    """Return the arrays of a layer's result; some return None beside an array."""
+    """Return the arrays of a layer's result."""
     return [value for _, value in tree_flatten(tree) if isinstance(value, mx.array)]
 
 

@@ -16,7 +16,7 @@ from mlxflow.storage.run_context import Context
 from mlxflow.storage.toml_tables import toml_value
 from mlxflow.training import length
 from mlxflow.training.run import describe
-from mlxflow.training.settings import SettingNames, TrainingSettings, checkpoint_every
+from mlxflow.training.settings import Recomputation, SettingNames, TrainingSettings
 
 
 def request_of(
@@ -106,7 +106,8 @@ def written_settings(config: Any, num_rows: int) -> TrainingSettings:
         num_steps=length.planned_steps(config, num_rows),
         batch_size=config.batch_size,
         grad_accum_steps=config.grad_accum_steps,
-        checkpoint_every=checkpoint_every(config.checkpointing),
+        checkpoint_every=Recomputation.of(config.checkpointing).every,
+        checkpoint_segment=Recomputation.of(config.checkpointing).segment,
         deterministic=config.deterministic,
         max_validation_rows=config.max_validation_rows,
     )

@@ -150,7 +150,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = ""
     checkpointing: Annotated[
-        Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
+        Literal["none", "layers", "pairs"] | Annotated[int, Meta(ge=1, le=10_000)],
         Meta(description="of qat: gradient checkpointing, as in train"),
     ] = "none"
     kernels: Annotated[Literal["auto", "off", "require"], Meta(description="of qat: GPU kernels, as in train")] = "auto"

@@ -123,8 +123,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description="bf16: bf16 model with fp32 weights and moments; bf16-pure: without them"),
     ] = "fp32"
     checkpointing: Annotated[
-        Literal["auto", "none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
-        Meta(description="gradient checkpointing: every layer, every k-th, or auto: the fewest that fit, by trials"),
+        Literal["auto", "none", "layers", "pairs"] | Annotated[int, Meta(ge=1, le=10_000)],
+        Meta(
+            description="gradient checkpointing: every layer, every k-th, pairs (half the inputs are kept, and every "
+            "second layer is computed once more), or auto: the fewest that fit, by trials"
+        ),
     ] = "none"
     fused_loss: Annotated[
         Literal["auto"] | bool, Meta(description="whether head and loss are fused, without holding all logits")

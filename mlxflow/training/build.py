@@ -1,7 +1,7 @@
 """Build a training step or a trainer from settings; the only place that assembles the parts of training."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -174,8 +174,14 @@ def overrides_of(settings: TrainingSettings, kernels: model_kernels.ModelKernels
 @contextmanager
 def patched(subject: Subject, kernels: model_kernels.ModelKernels) -> Iterator[None]:
     """Install kernels and gradient checkpointing in the model's layers until the block ends."""
-    with kernels.patched(), recomputed(subject.model, every=subject.settings.checkpoint_every):
+    with kernels.patched(), _recomputed(subject):
         yield
+
+
+def _recomputed(subject: Subject) -> AbstractContextManager[None]:
+    """Install gradient checkpointing in the model's layers."""
+    every, segment = subject.settings.checkpoint_every, subject.settings.checkpoint_segment
+    return recomputed(subject.model, every=every, segment=segment)
 
 
 def make_step(
@@ -227,7 +233,7 @@ def ready_step(
             layers = patches.enter_context(ShardedLayers(subject.model, team).installed())
         elif team.rank.shards_layers:
             frozen = patches.enter_context(FrozenShards(subject.model, team).installed())
-        patches.enter_context(recomputed(subject.model, every=subject.settings.checkpoint_every))
+        patches.enter_context(_recomputed(subject))
         step = make_step(subject, chosen, kernels, team=team, layers=layers)
         step.frozen = frozen
         yield step

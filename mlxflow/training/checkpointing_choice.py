@@ -17,10 +17,11 @@ from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages import terminal
 from mlxflow.storage import atomic_folders, layout, report_structs, state_files
 from mlxflow.training import build, starting_model
+from mlxflow.training.settings import Recomputation, TrainingSettings
 from mlxflow.training.step_trials import StepTrial, part_of, try_step
 
-#: Every which layer is recomputed, the fastest first: none, one of four, every other, all.
-CANDIDATES = (0, 4, 2, 1)
+#: The fastest first: none, one of four, every other, all, all in pairs.
+CANDIDATES = (Recomputation(0), Recomputation(4), Recomputation(2), Recomputation(1), Recomputation(1, 2))
 
 # The part of the rows with which activations are measured: one of so many tokens
 _PART = 4
@@ -30,12 +31,16 @@ class CheckpointingChoice(NamedTuple):
     """The chosen setting.
 
     Attributes:
-        every: N such that one of every N layers is recomputed; 0 for none.
+        layers: that are recomputed.
         line: what was measured, for the user.
     """
 
-    every: int
+    layers: Recomputation
     line: str
+
+    def applied_to(self, settings: TrainingSettings) -> TrainingSettings:
+        """Return settings with this choice."""
+        return settings.replace(checkpoint_every=self.layers.every, checkpoint_segment=self.layers.segment)
 
 
 def choose_checkpointing(
@@ -43,7 +48,8 @@ def choose_checkpointing(
 ) -> CheckpointingChoice:
     """Try gradient checkpointing on the rows of a pass and return the fastest setting within a limit.
 
-    The limit counts up to the share above which a batch would shrink. If nothing fits, all layers are recomputed.
+    The limit counts up to the share above which a batch would shrink. If nothing fits, all layers are recomputed, in
+    pairs.
 
     Args:
         subject: the model and its settings.
@@ -52,15 +58,17 @@ def choose_checkpointing(
         limit_bytes: memory limit of MLX.
     """
 
-    def trial(every: int, some: Rows) -> StepTrial | None:
-        settings = subject.settings.replace(checkpoint_every=every)
+    def trial(layers: Recomputation, some: Rows) -> StepTrial | None:
+        settings = subject.settings.replace(checkpoint_every=layers.every, checkpoint_segment=layers.segment)
         return try_step(subject._replace(settings=settings), kernels, some)
 
     allowed = int(limit_bytes * min(1.0, subject.settings.shrink_above))
     part = part_of(rows, _PART)
-    small = {every: measured for every in (1, 0) if (measured := trial(every, part)) is not None}
+    small = {every: measured for every in (1, 0) if (measured := trial(Recomputation(every), part)) is not None}
     if len(small) < 2:
-        return CheckpointingChoice(1, "every layer is recomputed: a part of the rows fills the memory")
+        return CheckpointingChoice(
+            Recomputation(1, 2), "every layer is recomputed, in pairs: a part of the rows fills the memory"
+        )
     weights = starting_model.num_bytes(subject.model)
     tokens = rows.num_rows * (rows.tokens.shape[1] - 1)
 
@@ -70,15 +78,17 @@ def choose_checkpointing(
         peak: float = small[1].peak_bytes * (1 - share) + small[0].peak_bytes * share
         return float(weights + max(0.0, peak - weights) * tokens / small[1].tokens)
 
-    for every in CANDIDATES:
-        measured = trial(every, rows) if every == 1 or expected(every) <= allowed else None
+    for layers in CANDIDATES:
+        measured = trial(layers, rows) if layers.every == 1 or expected(layers.every) <= allowed else None
         if measured is not None and measured.peak_bytes <= allowed:
-            return CheckpointingChoice(every, _describe(every, measured, expected(0), allowed))
-    return CheckpointingChoice(1, f"every layer is recomputed, and exceeds the {allowed / 1e9:.1f} GB allowed")
+            return CheckpointingChoice(layers, _describe(layers, measured, expected(0), allowed))
+    line = f"every layer is recomputed, in pairs, and exceeds the {allowed / 1e9:.1f} GB allowed"
+    return CheckpointingChoice(Recomputation(1, 2), line)
 
 
-def _describe(every: int, measured: StepTrial, everything: float, allowed: int) -> str:
-    words = {0: "no layer is recomputed", 1: "every layer is recomputed"}
+def _describe(layers: Recomputation, measured: StepTrial, everything: float, allowed: int) -> str:
+    words = {0: "no layer is recomputed", 1: "every layer is recomputed" + ", in pairs" * (layers.segment == 2)}
+    every = layers.every
     speed = f"{measured.tokens / measured.seconds:,.0f} tokens/s with a peak of {measured.peak_bytes / 1e9:.1f} GB"
     rest = f"; to keep all activations takes about {everything / 1e9:.1f} GB" if every else ""
     return f"{words.get(every, f'one of {every} layers is recomputed')}: {speed}, {allowed / 1e9:.1f} GB allowed{rest}"
@@ -88,6 +98,7 @@ class _ReportedSettings(msgspec.Struct, frozen=True):
     """The setting in the table `settings` of a report."""
 
     checkpoint_every: int = 0
+    checkpoint_segment: int = 1
 
 
 class _Reported(msgspec.Struct, frozen=True):
@@ -102,8 +113,8 @@ def resolve_checkpointing(
     limit_bytes: int,
     memory_file: Path,
     published: Path | None,
-) -> int:
-    """Return the setting of the run that is continued or repeated; for a new run, that of `choose_checkpointing`.
+) -> Recomputation:
+    """Return the layers of the run that is continued or repeated; for a new run, those of `choose_checkpointing`.
 
     In a distributed run rank 0 chooses for all.
 
@@ -123,21 +134,22 @@ def resolve_checkpointing(
             published / layout.REPORT, _Reported, advice="Remove it and build it again."
         ).settings
         if reported is not None:
-            return reported.checkpoint_every
+            return Recomputation(reported.checkpoint_every, reported.checkpoint_segment)
     team = of_this_process()
-    every = _remembered(memory_file)
-    if every is None and team.rank.is_first:
+    found = _remembered(memory_file)
+    if found is None and team.rank.is_first:
         choice = choose_checkpointing(subject, kernels, rows, limit_bytes=limit_bytes)
         terminal.say(f'{subject.names.of("checkpointing")} = "auto": {choice.line}')
-        every = choice.every
+        found = choice.layers
         memory_file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_folders.write_whole(memory_file, json.dumps(every).encode())
-    return int(team.exchange("gradient checkpointing", [0 if every is None else every])[0, 0])
+        atomic_folders.write_whole(memory_file, json.dumps(found).encode())
+    every, segment = team.exchange("gradient checkpointing", found or (0, 0))[0]
+    return Recomputation(int(every), int(segment))
 
 
-def _remembered(file: Path) -> int | None:
+def _remembered(file: Path) -> Recomputation | None:
     try:
-        every = state_files.parse_json(state_files.read_bytes(file))
-    except (OSError, ValueError):
+        layers = msgspec.json.decode(state_files.read_bytes(file), type=Recomputation)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
         return None
-    return every if isinstance(every, int) and every >= 0 else None
+    return layers if layers.every >= 0 and layers.segment >= 1 else None

@@ -87,7 +87,7 @@ def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Con
     rows = tokens.rows.head(settings.batch_size)
     if request.picks_checkpointing:
         choice = choose_checkpointing(subject, kernels, rows, limit_bytes=context.memory_limit_bytes)
-        settings, note = settings.replace(checkpoint_every=choice.every), choice.line
+        settings, note = choice.applied_to(settings), choice.line
         subject = subject._replace(settings=settings)
     count = rows.num_rows * (rows.tokens.shape[1] - 1)
     traced = _traced_peak(subject, kernels, rows)

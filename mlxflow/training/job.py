@@ -108,7 +108,7 @@ def run_job(
     warnings = _warn(job, start)
     settings = subject.settings.replace(kernels=tuple(kernels.selected))
     if job.picks_checkpointing:
-        every = checkpointing_choice.resolve_checkpointing(
+        layers = checkpointing_choice.resolve_checkpointing(
             subject,
             kernels,
             tokens.rows.head(settings.batch_size),
@@ -116,7 +116,7 @@ def run_job(
             memory_file=context.unfinished / "checkpointing.json",
             published=context.published,
         )
-        settings = settings.replace(checkpoint_every=every)
+        settings = settings.replace(checkpoint_every=layers.every, checkpoint_segment=layers.segment)
     result = run.train(
         subject._replace(settings=settings),
         kernels,

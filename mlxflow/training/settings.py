@@ -67,6 +67,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         max_bad_steps: updates in a row without a finite loss and gradient after which training fails.
         precision: "fp32", "bf16" (weights and moments in fp32 beside the bf16 model) or "bf16-pure".
         checkpoint_every: N such that one of every N layers is recomputed in the backward pass; 0 for none.
+        checkpoint_segment: such layers in a row of which only the input of the first is kept.
         fused_loss: whether output head and loss are computed together, without all logits.
         masks_documents: whether a token attends only to its own document.
         kernels: names of the fused GPU kernels in use.
@@ -105,6 +106,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_bad_steps: _Positive = 10
     precision: Literal["fp32", "bf16", "bf16-pure"] = "fp32"
     checkpoint_every: _Count = 0
+    checkpoint_segment: _Positive = 1
     fused_loss: bool = False
     masks_documents: bool = False
     kernels: tuple[str, ...] = ()
@@ -145,13 +147,27 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return table
 
 
-def checkpoint_every(checkpointing: str | int) -> int:
-    """Return N such that one of every N layers is recomputed in the backward pass; 0 for none.
+class Recomputation(NamedTuple):
+    """Which layers are recomputed in the backward pass.
 
-    Args:
-        checkpointing: "none", "layers" for all of them, or N; "auto" stands for all of them until it is chosen.
+    Attributes:
+        every: one of so many; 0 for none.
+        segment: such layers in a row of which only the input of the first is kept.
     """
-    return checkpointing if isinstance(checkpointing, int) else int(checkpointing in ("layers", "auto"))
+
+    every: int
+    segment: int = 1
+
+    @classmethod
+    def of(cls, checkpointing: str | int) -> Self:
+        """Return what a table's `checkpointing` stands for.
+
+        Args:
+            checkpointing: "none", "layers" for all of them, "pairs" for all in segments of two, or N for one of every
+                N; "auto" stands for all of them until it is chosen.
+        """
+        every = checkpointing if isinstance(checkpointing, int) else int(checkpointing != "none")
+        return cls(every, 2 if checkpointing == "pairs" else 1)
 
 
 class SettingNames(NamedTuple):

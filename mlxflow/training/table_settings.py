@@ -3,7 +3,7 @@
 from typing import Any
 
 from mlxflow.training.optimizer_options import WITH_BETAS
-from mlxflow.training.settings import TrainingSettings, checkpoint_every
+from mlxflow.training.settings import Recomputation, TrainingSettings
 
 
 def max_batch_size(config: Any) -> int:
@@ -70,7 +70,8 @@ def training_settings(config: Any, num_steps: int) -> TrainingSettings:
         "num_steps": num_steps,
         "warmup_steps": warmup_steps(config, num_steps),
         "decay_steps": decay_steps(config, num_steps),
-        "checkpoint_every": checkpoint_every(config.checkpointing),
+        "checkpoint_every": Recomputation.of(config.checkpointing).every,
+        "checkpoint_segment": Recomputation.of(config.checkpointing).segment,
         "fused_loss": False,
         "kernels": (),
     }

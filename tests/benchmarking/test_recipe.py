@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from mlxflow.benchmarking.recipe import Recipe
-from mlxflow.training.settings import TrainingSettings, checkpoint_every
+from mlxflow.training.settings import Recomputation, TrainingSettings
 
 SETTINGS = TrainingSettings(
     batch_size=4, schedule="constant", warmup_steps=1, learning_rate=1e-2, fused_loss=True, workers=2
@@ -59,6 +59,11 @@ def test_the_baseline_is_naive_for_every_workflow() -> None:
     assert (plain.settings.precision, plain.uses_mlx_loss, plain.is_trimmed) == ("fp32", True, True)
 
 
-@pytest.mark.parametrize(("checkpointing", "every"), [("none", 0), ("layers", 1), (3, 3)])
-def test_the_checkpointing_setting_gives_the_recomputation_interval(checkpointing: Any, every: int) -> None:
-    assert checkpoint_every(checkpointing) == every
+@pytest.mark.parametrize(
+    ("checkpointing", "layers"),
+    [("none", (0, 1)), ("layers", (1, 1)), ("pairs", (1, 2)), ("auto", (1, 1)), (3, (3, 1))],
+)
+def test_the_checkpointing_setting_says_which_layers_are_recomputed(
+    checkpointing: Any, layers: tuple[int, int]
+) -> None:
+    assert Recomputation.of(checkpointing) == layers

@@ -15,7 +15,7 @@ from mlxflow.kernels import model_kernels
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.training import build
 from mlxflow.training.checkpointing_choice import choose_checkpointing, resolve_checkpointing
-from mlxflow.training.settings import SettingNames, TrainingSettings
+from mlxflow.training.settings import Recomputation, SettingNames, TrainingSettings
 from mlxflow.training.step_trials import try_step
 from tests.small_models import llama
 
@@ -54,14 +54,14 @@ def test_as_many_layers_as_fit_keep_their_activations(subject: build.Subject, ro
     kept, recomputed = (_peak(subject, rows, every) for every in (0, 1))
     assert recomputed < kept
     roomy = choose_checkpointing(subject, NONE, rows, limit_bytes=2 * kept)
-    assert roomy.every == 0
+    assert roomy.layers == Recomputation(0)
     assert roomy.line.startswith("no layer is recomputed: ")
     tight = choose_checkpointing(subject, NONE, rows, limit_bytes=(kept + 9 * recomputed) // 10)
-    assert tight.every > 0
+    assert tight.layers.every > 0
     assert "to keep all activations takes about" in tight.line
     nothing = choose_checkpointing(subject, NONE, rows, limit_bytes=1000)
-    assert nothing.every == 1
-    assert nothing.line == "every layer is recomputed, and exceeds the 0.0 GB allowed"
+    assert nothing.layers == Recomputation(1, 2)
+    assert nothing.line == "every layer is recomputed, in pairs, and exceeds the 0.0 GB allowed"
 
 
 def test_trials_leave_weights_and_random_state_as_they_were(subject: build.Subject, rows: Rows) -> None:
@@ -77,16 +77,18 @@ def test_trials_leave_weights_and_random_state_as_they_were(subject: build.Subje
 def test_a_run_that_goes_on_or_is_repeated_takes_the_recorded_choice(
     subject: build.Subject, rows: Rows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def resolve(published: Path | None = None) -> int:
+    def resolve(published: Path | None = None) -> Recomputation:
         file = tmp_path / "unfinished" / "checkpointing.json"
         return resolve_checkpointing(subject, NONE, rows, limit_bytes=1 << 40, memory_file=file, published=published)
 
-    assert resolve() == 0
+    assert resolve() == Recomputation(0)
     assert capsys.readouterr().err.startswith('train.checkpointing = "auto": no layer is recomputed: ')
-    (tmp_path / "unfinished" / "checkpointing.json").write_text(json.dumps(4))
-    assert resolve() == 4
+    (tmp_path / "unfinished" / "checkpointing.json").write_text(json.dumps([1, 2]))
+    assert resolve() == Recomputation(1, 2)
     (tmp_path / "report.toml").write_text("[settings]\ncheckpoint_every = 2\n")
-    assert resolve(tmp_path) == 2
+    assert resolve(tmp_path) == Recomputation(2)
+    (tmp_path / "report.toml").write_text("[settings]\ncheckpoint_every = 1\ncheckpoint_segment = 2\n")
+    assert resolve(tmp_path) == Recomputation(1, 2)
     (tmp_path / "report.toml").write_text("[settings]\ncheckpoint_every = 'x'\n")
     with pytest.raises(ArtifactError):
         resolve(tmp_path)

@@ -69,20 +69,24 @@ def _measured(subject: build.Subject) -> int:
     return peak.bytes
 
 
+@pytest.mark.parametrize("segment", [1, 2])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_of_recomputed_layers_the_activations_of_one_are_held(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer more costs its weights, their state and its input; its activations take fifteen times the input."""
+def test_of_recomputed_layers_the_activations_of_one_are_held(
+    method: str, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer more costs its weights, their state and its input, or half of that; its activations take fifteen."""
     monkeypatch.setattr(memory_forecast, "_LAG", {"cpu": 1})
+    settings = {"bits": 4 if method == "lora" else 0, "checkpoint_every": 1, "checkpoint_segment": segment}
 
     def peak_and_held(num_layers: int) -> tuple[int, int]:
-        subject = _subject(method, bits=4 if method == "lora" else 0, num_layers=num_layers, checkpoint_every=1)
+        subject = _subject(method, num_layers=num_layers, **settings)
         trained = sum(value.nbytes for _, value in tree_flatten(subject.model.trainable_parameters()))
         held = sum(value.nbytes for _, value in tree_flatten(subject.model.parameters())) + 3 * trained
         return forecast_memory(subject, NONE, _rows()).peak_bytes, held  # 3: gradients and two moments
 
-    (fewer, held_fewer), (more, held_more) = peak_and_held(3), peak_and_held(7)
+    (fewer, held_fewer), (more, held_more) = peak_and_held(4), peak_and_held(8)
     layer_input = ROWS * LENGTH * 192 * 4
-    assert (more - fewer) - (held_more - held_fewer) <= 4 * 1.5 * layer_input
+    assert (more - fewer) - (held_more - held_fewer) <= 4 * (1.5 if segment == 1 else 0.9) * layer_input
 
 
 @pytest.mark.parametrize(
