@@ -32,11 +32,13 @@ class MemoryForecast(NamedTuple):
         peak_bytes: of MLX's arrays, with weights and the optimizer's state.
         tokens: of a pass.
         validation_bytes: the peak in a validation alone.
+        is_bound: whether the peak is at most that.
     """
 
     peak_bytes: int
     tokens: int
     validation_bytes: int = 0
+    is_bound: bool = False
 
     def line(self, limit_bytes: int, *, advice: str) -> str:
         """Return whether a training fits into the memory, in words.
@@ -47,10 +49,11 @@ class MemoryForecast(NamedTuple):
         """
         step = f"a step with passes of {self.tokens:,} tokens"
         where = step if self.validation_bytes < self.peak_bytes else f"a validation, which takes more than {step}"
-        peak = f"about {_gb(self.peak_bytes)} GB in {where}"
+        about, not_fitting = ("at most", "may not fit") if self.is_bound else ("about", "does not fit")
+        peak = f"{about} {_gb(self.peak_bytes)} GB in {where}"
         if self.peak_bytes <= limit_bytes:
             return f"{peak}: fits into the {_gb(limit_bytes)} GB allowed"
-        return f"{peak}: does not fit into the {_gb(limit_bytes)} GB allowed. {advice}"
+        return f"{peak}: {not_fitting} into the {_gb(limit_bytes)} GB allowed. {advice}"
 
 
 def _gb(number: int) -> str:
@@ -60,6 +63,8 @@ def _gb(number: int) -> str:
 def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast:
     """Return the predicted memory of a training: of its steps, or of a validation if that takes more.
 
+    Of layers that are recomputed in segments it is an upper bound.
+
     Args:
         subject: the model, whose weights need not be evaluated, and its settings; as before afterwards.
         kernels: in use.
@@ -68,6 +73,9 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
     Raises:
         ValueError: the model uses an operation that cannot be traced.
     """
+    is_bound = subject.settings.checkpoint_segment > 1
+    if is_bound:  # a derivation within another one is traced without its order; single layers take more memory
+        subject = subject._replace(settings=subject.settings.replace(checkpoint_segment=1))
     with restored(subject.model), build.ready_step(subject, kernels) as step:
         graph, held, changed = _graph_of(step, subject, rows)
     lag = _LAG["cpu" if mx.default_device() == mx.cpu else "gpu"]
@@ -80,7 +88,7 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
         lag=lag,
     )
     peak = max(graph_memory.peak_bytes(graph, held, changed, lag=lag), of_validation)
-    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation)
+    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation, is_bound)
 
 
 def _graph_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[Graph, int, dict[str, tuple[str, int]]]:
