@@ -28,7 +28,7 @@ def recomputed(model: nn.Module, *, every: int, segment: int = 1) -> Iterator[No
     Args:
         model: its layers are the attribute `layers`.
         every: N; 1 for each layer, 0 for none.
-        segment: layers in a row of which only the input of the first is kept. Those before the last are computed twice
+        segment: layers in a row that keep only the input of the first. Those before the last are computed twice
             in the backward pass. Layers that do more than pass one array on are segments of their own.
     """
     chosen: list[nn.Module] = list(model.layers)[::every] if every else []
@@ -44,7 +44,7 @@ def recomputed(model: nn.Module, *, every: int, segment: int = 1) -> Iterator[No
         segments.end()
 
 
-class _Part(NamedTuple):
+class _LayerCall(NamedTuple):
     """A layer in a segment.
 
     Attributes:
@@ -71,11 +71,11 @@ class _Segments:
 
     def end(self) -> None:
         """Begin a new segment with the next layer."""
-        self._parts: list[_Part] = []
+        self._parts: list[_LayerCall] = []
         self._input: Any = None
         self._result: Any = None
 
-    def call(self, inputs: list[mx.array], part: _Part) -> Any:
+    def call(self, inputs: list[mx.array], part: _LayerCall) -> Any:
         """Return the result of a layer, which joins the segment if its only input is the result of the layer before."""
         is_next = len(inputs) == 1 and inputs[0] is self._result and len(self._parts) < self._most
         parts = [*self._parts, part] if is_next else [part]
@@ -130,7 +130,7 @@ def _recomputing(plain: type[nn.Module], segments: _Segments) -> type[nn.Module]
                 return tuple(_arrays(result))
             return result
 
-        part = _Part(
+        part = _LayerCall(
             _checkpointed(inner, len(places)),
             [value for _, value in weights],
             lambda: self.update(tree_unflatten(weights)),

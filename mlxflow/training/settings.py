@@ -67,7 +67,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         max_bad_steps: updates in a row without a finite loss and gradient after which training fails.
         precision: "fp32", "bf16" (weights and moments in fp32 beside the bf16 model) or "bf16-pure".
         checkpoint_every: N such that one of every N layers is recomputed in the backward pass; 0 for none.
-        checkpoint_segment: such layers in a row of which only the input of the first is kept.
+        checkpoint_segment: such layers in a row that keep only the input of the first.
         fused_loss: whether output head and loss are computed together, without all logits.
         masks_documents: whether a token attends only to its own document.
         kernels: names of the fused GPU kernels in use.
@@ -152,7 +152,7 @@ class Recomputation(NamedTuple):
 
     Attributes:
         every: one of so many; 0 for none.
-        segment: such layers in a row of which only the input of the first is kept.
+        segment: such layers in a row that keep only the input of the first.
     """
 
     every: int
