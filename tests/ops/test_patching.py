@@ -47,6 +47,7 @@ from mlxflow.quantization.grid_training import grids_in_training
 from mlxflow.quantization.layer_inputs import input_products
 from mlxflow.quantization.mlx_lm_patches import dense_products, following
 from mlxflow.quantization.settings import Setting
+from mlxflow.training.frozen_shards import FrozenShards
 from mlxflow.training.output_head import find_head
 from mlxflow.training.sharded_layers import ShardedLayers
 from tests.conftest import REPOSITORY
@@ -143,6 +144,11 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
     (
         "mlxflow.training.sharded_layers",
         lambda model: ShardedLayers(model, SOLO).installed(),
+        {"class of mlx_lm.models.llama.TransformerBlock"},
+    ),
+    (
+        "mlxflow.training.frozen_shards",
+        lambda model: FrozenShards(model, SOLO).installed(),
         {"class of mlx_lm.models.llama.TransformerBlock"},
     ),
     ("mlxflow.ops.adapter_products", lambda _: _adapters(), {"mlx_lm.tuner.lora.LoRALinear.__call__"}),

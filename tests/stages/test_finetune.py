@@ -177,7 +177,10 @@ def test_all_weights_of_a_quantized_model_cannot_be_trained(project: Path, tmp_p
         ("grow_below = 0.9", "train.grow_below = 0.9: expected less than shrink_above = 0.8. Change one of the two."),
         ('optimizer = "adam"\nweight_decay = 0.1', "train.weight_decay = 0.1: the optimizer 'adam' knows none. Set"),
         ("final_learning_rate = 1.0", "train.final_learning_rate = 1.0: expected at most learning_rate = 0.001."),
-        ('checkpointing = "some"', 'train.checkpointing = "some": expected one of "auto", "none", "layers" or a whole'),
+        (
+            'checkpointing = "some"',
+            'train.checkpointing = "some": expected one of "auto", "none", "layers", "pairs" or a whole',
+        ),
         ('replay = "none.jsonl"', 'train.replay = "none.jsonl": names no file.'),
     ],
 )
