@@ -220,6 +220,9 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
 _SLOW = {
     *OF_A_MATRIX,
     "a new variant",
+    "a source's text",
+    "deleted benchmark",
+    "the benchmark's table",
     "a variant that becomes a matrix",
     "a variant's table",
     "another mlx, with equal results",

@@ -21,6 +21,7 @@ from mlxflow.distributed.rank_start import free_ports
 from mlxflow.distributed.remote_rank import RemoteRank
 from mlxflow.messages.errors import StageError
 from mlxflow.workflow import remote_agent
+from tests.conftest import rest_in_matrix
 from tests.distributed.conftest import Alone, Build, Faults
 from tests.distributed.ssh_server import serving
 from tests.distributed.test_mpi_meeting import needs_mpi
@@ -115,7 +116,10 @@ def _processes_with(cache: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)]
+    ("number", "code"),
+    rest_in_matrix(
+        [(signal.SIGKILL, -9), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)], (signal.SIGKILL, -9)
+    ),
 )
 def test_no_process_is_left_on_another_host_when_the_supervisor_is_ended(
     train_on_hosts: Callable[..., bytes], other_host: Path, number: signal.Signals, code: int

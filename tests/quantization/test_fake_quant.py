@@ -18,6 +18,7 @@ from mlxflow.training.objective import make_objective, plain_objective, uses_fus
 from mlxflow.training.settings import AdapterShape
 from mlxflow.training.step import Step
 from mlxflow.training.update import Update
+from tests.conftest import rest_in_matrix
 from tests.small_models import llama
 
 SETTINGS = [
@@ -95,7 +96,7 @@ def test_the_straight_through_gradient_is_zero_for_clipped_weights(setting: Sett
     assert np.allclose(np.array(gradient.astype(mx.float32)), expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", rest_in_matrix([mx.float32, mx.bfloat16], mx.float32))
 def test_the_exported_weights_are_those_of_the_last_forward_pass(dtype: mx.Dtype) -> None:
     model = _llama(dtype)
     plan = _mixed(model)

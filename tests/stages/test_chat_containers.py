@@ -11,6 +11,7 @@ import pytest
 from mlxflow.data.token_file import TokenFile
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
+from tests.conftest import rest_in_matrix
 
 TURNS = [(f"What is {n} plus {n}?", f"It is {2 * n}, of course.") for n in range(12)]
 
@@ -119,7 +120,7 @@ def test_a_chat_format_gives_the_same_rows_in_each_container(
     assert _rows(tmp_path, tokenizer, file.name) == expected
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", rest_in_matrix(FORMS, "messages"))
 def test_a_chat_format_gives_the_same_rows_as_a_data_set(
     tmp_path: Path, tokenizer: Path, expected: list[Any], form: str
 ) -> None:

@@ -13,6 +13,7 @@ from benchmarks.architecture_configs import config_of
 from mlxflow.models import model_folder, quantized_layers, tokenizer_files
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
+from tests.conftest import rest_in_matrix
 from tests.models.test_model_folder import FP8, VISION, WRAPPERS, as_fp8, weights_of, write_folder
 
 HEAD = """
@@ -93,7 +94,7 @@ def test_quantizing_writes_what_mlx_lms_converter_writes(job: Path) -> None:
     model_folder.load(made)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", rest_in_matrix(["full", "lora"], "lora"))
 def test_training_writes_a_config_that_matches_the_weights(job: Path, method: str) -> None:
     made = _run(job, "train", TRAIN + f'method = "{method}"\n')
     config = _config(made)

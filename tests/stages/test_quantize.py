@@ -30,7 +30,7 @@ from mlxflow.storage.report_files import read_report
 from mlxflow.storage.toml_tables import toml_value
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
-from tests.conftest import TINY, mlxflow
+from tests.conftest import TINY, mlxflow, rest_in_matrix
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
 
 
@@ -130,10 +130,13 @@ def test_symmetric_codes_have_a_fixed_zero_point_in_the_stored_bytes(job: Job) -
 @pytest.mark.parametrize(
     "table",
     [
-        {"bits": 2},
+        pytest.param({"bits": 2}, marks=pytest.mark.matrix),
         {"bits": 3, "mode": "symmetric", "dtype": "bf16", "distill": True},
-        {"mode": "mxfp4", "group_size": 32, "layers": [{"match": "*embed*", "mode": "affine", "bits": 8}]},
-        {"bits": 4, "training": "lora", "checkpointing": "layers"},
+        pytest.param(
+            {"mode": "mxfp4", "group_size": 32, "layers": [{"match": "*embed*", "mode": "affine", "bits": 8}]},
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param({"bits": 4, "training": "lora", "checkpointing": "layers"}, marks=pytest.mark.matrix),
     ],
 )
 def test_the_validated_qat_model_is_the_written_model(job: Job, table: dict[str, Any]) -> None:
@@ -220,7 +223,7 @@ def test_out_of_memory_in_qat_names_the_keys_of_quantize(job: Job, monkeypatch: 
     assert not job.artifact.exists()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "dwq", "block"])
+@pytest.mark.parametrize("method", rest_in_matrix(["gptq", "awq", "dwq", "block"], "gptq", "dwq"))
 def test_calibrated_methods_lose_less_than_rounding_and_mlx_lm_opens_their_models(job: Job, method: str) -> None:
     job.run(bits=2, group_size=32, max_validation_rows=64)
     rounded = job.tensors()

@@ -110,9 +110,9 @@ def test_of_layers_recomputed_in_pairs_every_second_input_is_kept(monkeypatch: p
     ("method", "settings"),
     [
         ("full", {}),
-        ("full", {"precision": "bf16"}),
+        pytest.param("full", {"precision": "bf16"}, marks=pytest.mark.matrix),
         ("full", {"checkpoint_every": 1}),
-        ("lora", {}),
+        pytest.param("lora", {}, marks=pytest.mark.matrix),
         ("lora", {"bits": 4}),
         ("lora", {"bits": 4, "checkpoint_every": 1}),
         ("lora", {"bits": 4, "precision": "bf16"}),
@@ -142,8 +142,8 @@ def test_the_peak_of_steps_lies_between_those_of_a_host_that_waits_and_one_that_
     ("length", "method", "settings"),
     [
         (8, "lora", {"bits": 4, "precision": "bf16"}),
-        (LENGTH, "lora", {"bits": 4, "precision": "bf16", "checkpoint_every": 1}),
-        (LENGTH, "full", {"precision": "bf16"}),
+        pytest.param(LENGTH, "lora", {"bits": 4, "precision": "bf16", "checkpoint_every": 1}, marks=pytest.mark.matrix),
+        pytest.param(LENGTH, "full", {"precision": "bf16"}, marks=pytest.mark.matrix),
     ],
     ids=lambda value: str(value),
 )

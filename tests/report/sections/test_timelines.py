@@ -2,6 +2,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from mlxflow.report.render import render
 from tests.report.runs import read
 
@@ -19,6 +21,7 @@ def test_phases_are_bands_over_the_timeline_with_their_peaks(root: Path) -> None
     assert "peak in load_model" not in by_step
 
 
+@pytest.mark.matrix
 def test_very_many_phases_are_merged_into_few_bands(long_page: Path) -> None:
     page = long_page.read_text()
     sampled = page.partition("<figcaption>MLX&#39;s memory, sampled")[2].partition("</figure>")[0]
