@@ -112,30 +112,29 @@ def _joined(functions: list[CustomFunction], num_weights: list[int]) -> CustomFu
 
 def _recomputing(plain: type[nn.Module], segments: _Segments) -> type[nn.Module]:
     def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        # Only arguments that may have a gradient are kept and get one; masks, arrays or strings, do not.
-        places = [place for place, value in enumerate(arguments) if _is_floating(value)]
+        # Arrays that may have a gradient become arguments of what is recomputed, however they were given; what it
+        # captures, such as masks, has none
+        inputs = _floating((arguments, named))
         key = mx.random.randint(0, 1 << 31, (2,)).astype(mx.uint32) if drops_out(self) else None
         weights: list[tuple[str, mx.array]] = tree_flatten(self.trainable_parameters())
 
         def inner(*values: mx.array) -> Any:
-            arrays, parameters = values[: len(places)], values[len(places) :]
-            self.update(tree_unflatten([(name, value) for (name, _), value in zip(weights, parameters, strict=True)]))
-            given = list(arguments)
-            for place, array in zip(places, arrays, strict=True):
-                given[place] = array
+            left = iter(values)
+            given, by_name = _replace_floating((arguments, named), lambda _: next(left))
+            self.update(tree_unflatten([(name, next(left)) for name, _ in weights]))
             with _repeated_dropout(key):
-                result = plain.__call__(self, *given, **named)
+                result = plain.__call__(self, *given, **by_name)
             if not isinstance(result, mx.array):  # such as an array and None
                 forms[id(self)] = tree_map(lambda leaf: _ARRAY if isinstance(leaf, mx.array) else leaf, result)
                 return tuple(_arrays(result))
             return result
 
         part = _LayerCall(
-            _checkpointed(inner, len(places)),
+            _checkpointed(inner, len(inputs)),
             [value for _, value in weights],
             lambda: self.update(tree_unflatten(weights)),
         )
-        result = segments.call([arguments[place] for place in places], part)
+        result = segments.call(inputs, part)
         if id(self) not in forms:
             return result
         left = iter(_arrays(result))
@@ -197,5 +196,25 @@ def _repeated_dropout(key: mx.array | None) -> Iterator[None]:
         yield
 
 
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+def _floating(tree: Any) -> list[mx.array]:
+    """Return the arrays of floating-point numbers in the arguments of a layer."""
+    found: list[mx.array] = []
+    _replace_floating(tree, found.append)
+    return found
+
+
+def _replace_floating(tree: Any, replace: Callable[[mx.array], Any]) -> Any:
+    """Return a copy of a tree of dictionaries, lists and tuples in which arrays of floating-point numbers are replaced.
+
+    Args:
+        tree: the arguments of a layer; other leaves, such as caches, are kept.
+        replace: takes an array and returns what replaces it; called in the order of the tree.
+    """
+    if isinstance(tree, mx.array):
+        return replace(tree) if mx.issubdtype(tree.dtype, mx.floating) else tree
+    if type(tree) is dict:
+        return {name: _replace_floating(value, replace) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        parts = [_replace_floating(value, replace) for value in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree

@@ -87,6 +87,49 @@ def test_layers_that_pass_one_array_on_form_segments(result: str, segment: int, 
     assert counted == calls
 
 
+class _Named(nn.Module):  # type: ignore[misc]
+    """Layers that get arrays by name and within a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [_NamedLayer() for _ in range(3)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        past = [x * 2]
+        for layer in self.layers:
+            x, past = layer(inputs=x, past=(past, None), mask="causal")
+        return x + past[0]
+
+
+class _NamedLayer(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = mx.array(1.5)
+
+    def __call__(self, inputs: mx.array, past: Any, mask: str) -> tuple[mx.array, list[mx.array]]:
+        ((earlier,), nothing) = past
+        assert nothing is None
+        assert mask == "causal"
+        return mx.sin(inputs * self.weight) * earlier, [earlier + inputs]
+
+
+def test_arrays_by_name_and_in_tuples_have_gradients_through_recomputed_layers() -> None:
+    model, x = _Named(), mx.random.normal((4,), key=mx.random.key(0))
+
+    def loss(weights: Any, x: mx.array) -> mx.array:
+        model.update(weights)
+        total: mx.array = model(x).sum()
+        return total
+
+    weights = model.trainable_parameters()
+    plain = mx.grad(loss, argnums=(0, 1))(weights, x)
+    for segment in (1, 2):
+        with recomputed(model, every=1, segment=segment):
+            found = mx.grad(loss, argnums=(0, 1))(weights, x)
+            for (_, value), (_, expected) in zip(tree_flatten(found), tree_flatten(plain), strict=True):
+                assert mx.allclose(value, expected, rtol=1e-6, atol=1e-6)
+
+
 class _Dropping(nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
