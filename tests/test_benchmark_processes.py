@@ -14,7 +14,8 @@ from tests.conftest import REPOSITORY
 def test_children_of_a_benchmark_import_this_checkout_wherever_they_run(
     paths: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "")  # so that what the function sets is undone
+    monkeypatch.delenv("PYTHONPATH")
     if paths is not None:
         monkeypatch.setenv("PYTHONPATH", paths)
     let_children_import_checkout()

@@ -96,7 +96,7 @@ def test_no_ci_command_interpolates_untrusted_text(name: str) -> None:
 def test_the_ci_workflow_runs_the_local_ci_script() -> None:
     steps = _load("ci.yml")["jobs"]["build"]["steps"]
     assert ".ci/run" in [step.get("run") for step in steps]
-    assert "pip install -q --no-compile --require-hashes -r requirements.lock" in (REPOSITORY / ".ci/run").read_text()
+    assert "pip install -q --require-hashes -r requirements.lock" in (REPOSITORY / ".ci/run").read_text()
     assert "python3 .ci/audit.py" in (REPOSITORY / ".ci/run").read_text()
 
 

@@ -66,7 +66,8 @@ def test_an_installed_wheel_runs_a_workflow_beside_a_tasks_py_of_the_project(whe
     venv.create(environment)
     python = environment / "bin/python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-index", "--no-deps"]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # else pip finds a checkout
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True, env=clean)
     packages = next(environment.glob("lib/python*/site-packages"))
     others = [place for place in sys.path if "site-packages" in place] or site.getsitepackages()
     (packages / "others.pth").write_text("\n".join(others))  # the dependencies; this project itself comes first
@@ -74,7 +75,6 @@ def test_an_installed_wheel_runs_a_workflow_beside_a_tasks_py_of_the_project(whe
     project.mkdir()
     write_workflow(project)
     (project / "tasks.py").write_text("raise SystemExit('the tasks.py of the project was imported')")
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*arguments: str) -> str:
         command = [str(python), "-P", "-m", *arguments]  # -P: as the scripts `doit` and `mlxflow` do
@@ -87,5 +87,7 @@ def test_an_installed_wheel_runs_a_workflow_beside_a_tasks_py_of_the_project(whe
     assert "U pretokenize" in run("doit", "list", "--status")
     run("mlxflow", "check")
     script = "import mlxflow.tasks.run; print(mlxflow.tasks.run.__file__)"
-    shown = subprocess.run([str(python), "-P", "-c", script], cwd=project, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [str(python), "-P", "-c", script], cwd=project, capture_output=True, text=True, check=True, env=clean
+    )
     assert Path(shown.stdout.strip()) == packages / "mlxflow/tasks/run.py"

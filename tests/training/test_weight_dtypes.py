@@ -1,5 +1,6 @@
 """Scales of frozen 4-bit weights stay in 16 bits: memory while a folder is opened, and equal numbers in every step."""
 
+import gc
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,12 +46,14 @@ def test_opening_a_quantized_folder_takes_little_more_than_its_file(
 ) -> None:
     stored = _write(tmp_path, hidden_size=1024, intermediate_size=2048, num_layers=4)
     settings = _settings(method, precision)
+    gc.collect()
     before = mx.get_active_memory()
     with phase_peaks.followed() as peak:
         model, _ = model_folder.load(tmp_path)
         build.prepare_model(model, settings, adapter_seed=0)
         adapters = sum(value.nbytes for _, value in tree_flatten(model.trainable_parameters()))
-    assert mx.get_active_memory() - before < 1.02 * stored + adapters + (1 << 16)  # constants of compiled functions
+    gc.collect()  # what opening left in cycles
+    assert mx.get_active_memory() - before < 1.02 * stored + adapters
     assert adapters < 0.1 * stored  # they do not hide what is widened: 0.11 of the file
     matrix = 4 * 1024 * 2048 if method == "dora" else 0  # DoRA dequantizes one matrix after another, to know its norms
     assert peak.bytes - before < 1.1 * stored + adapters + 6 * matrix
