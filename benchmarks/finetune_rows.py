@@ -88,7 +88,7 @@ def ours(row: str, job: Job, folder: Path, *, checkpointing: str | int = "none",
     if checkpointing == "auto":
         choice = choose_checkpointing(subject, use, rows, limit_bytes=limit)
         figures["chosen"] = choice.line
-        subject = subject._replace(settings=choice.applied_to(subject.settings))
+        subject = subject._replace(settings=choice.layers.applied_to(subject.settings))
     logs: list[dict[str, Any]] = []
     session = Session(CheckpointStore(scratch, keep=1, settings={}, say=print), limit, logs.append)
     data = build.make_data(rows, rows.head(1), subject.settings, seed=0)

@@ -17,7 +17,7 @@ from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages import terminal
 from mlxflow.storage import atomic_folders, layout, report_structs, state_files
 from mlxflow.training import build, starting_model
-from mlxflow.training.settings import Recomputation, TrainingSettings
+from mlxflow.training.settings import Recomputation
 from mlxflow.training.step_trials import StepTrial, part_of, try_step
 
 #: The fastest first: none, one of four, every other, all, all in pairs.
@@ -38,10 +38,6 @@ class CheckpointingChoice(NamedTuple):
     layers: Recomputation
     line: str
 
-    def applied_to(self, settings: TrainingSettings) -> TrainingSettings:
-        """Return settings with this choice."""
-        return settings.replace(checkpoint_every=self.layers.every, checkpoint_segment=self.layers.segment)
-
 
 def choose_checkpointing(
     subject: build.Subject, kernels: ModelKernels, rows: Rows, *, limit_bytes: int
@@ -59,8 +55,7 @@ def choose_checkpointing(
     """
 
     def trial(layers: Recomputation, some: Rows) -> StepTrial | None:
-        settings = subject.settings.replace(checkpoint_every=layers.every, checkpoint_segment=layers.segment)
-        return try_step(subject._replace(settings=settings), kernels, some)
+        return try_step(subject._replace(settings=layers.applied_to(subject.settings)), kernels, some)
 
     allowed = int(limit_bytes * min(1.0, subject.settings.shrink_above))
     part = part_of(rows, _PART)

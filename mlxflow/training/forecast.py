@@ -87,7 +87,7 @@ def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Con
     rows = tokens.rows.head(settings.batch_size)
     if request.picks_checkpointing:
         choice = choose_checkpointing(subject, kernels, rows, limit_bytes=context.memory_limit_bytes)
-        settings, note = choice.applied_to(settings), choice.line
+        settings, note = choice.layers.applied_to(settings), choice.line
         subject = subject._replace(settings=settings)
     count = rows.num_rows * (rows.tokens.shape[1] - 1)
     traced = _traced_peak(subject, kernels, rows)
@@ -132,11 +132,12 @@ def _validation_seconds(subject: build.Subject, rows: Rows) -> float:
 
 
 def _traced_peak(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> float | None:
-    """Return the predicted peak; None if the model, of other code, uses what MLX cannot export."""
+    """Return the predicted peak; None if only a bound of it is known, or the model uses what MLX cannot export."""
     try:
-        return forecast_memory(subject, kernels, rows).peak_bytes
+        expected = forecast_memory(subject, kernels, rows)
     except (ValueError, RuntimeError):
         return None
+    return None if expected.is_bound else expected.peak_bytes
 
 
 def _peak(few: StepTrial, many: StepTrial, tokens: int) -> float:

@@ -116,7 +116,7 @@ def run_job(
             memory_file=context.unfinished / "checkpointing.json",
             published=context.published,
         )
-        settings = settings.replace(checkpoint_every=layers.every, checkpoint_segment=layers.segment)
+        settings = layers.applied_to(settings)
     result = run.train(
         subject._replace(settings=settings),
         kernels,

@@ -169,6 +169,10 @@ class Recomputation(NamedTuple):
         every = checkpointing if isinstance(checkpointing, int) else int(checkpointing != "none")
         return cls(every, 2 if checkpointing == "pairs" else 1)
 
+    def applied_to(self, settings: TrainingSettings) -> TrainingSettings:
+        """Return settings of a training that recomputes these layers."""
+        return settings.replace(checkpoint_every=self.every, checkpoint_segment=self.segment)
+
 
 class SettingNames(NamedTuple):
     """The names of the settings for messages: workflow keys, or argument names of a call from Python.

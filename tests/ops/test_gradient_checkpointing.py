@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,17 @@ def test_checkpointed_layers_give_the_same_gradient_and_are_restored() -> None:
             assert _difference(again, plain) < 1e-6
         assert calls[-1] == expected
         assert all(type(layer) is kind for layer in model.layers)
+
+
+def _summed(model: nn.Module) -> Callable[[Any, mx.array], mx.array]:
+    """Return the sum of a model's result as a function of its weights and input."""
+
+    def total(weights: Any, x: mx.array) -> mx.array:
+        model.update(weights)
+        result: mx.array = model(x).sum()
+        return result
+
+    return total
 
 
 class _Scaling(nn.Module):  # type: ignore[misc]
@@ -69,11 +81,7 @@ def test_layers_that_pass_one_array_on_form_segments(result: str, segment: int, 
     model = _Stack(result, 5)
     x = mx.random.normal((4,), key=mx.random.key(0))
 
-    def loss(weights: Any, x: mx.array) -> mx.array:
-        model.update(weights)
-        total: mx.array = model(x).sum()
-        return total
-
+    loss = _summed(model)
     weights = model.trainable_parameters()
     plain = mx.grad(loss, argnums=(0, 1))(weights, x)
     for layer in model.layers:
@@ -116,11 +124,7 @@ class _NamedLayer(nn.Module):  # type: ignore[misc]
 def test_arrays_by_name_and_in_tuples_have_gradients_through_recomputed_layers() -> None:
     model, x = _Named(), mx.random.normal((4,), key=mx.random.key(0))
 
-    def loss(weights: Any, x: mx.array) -> mx.array:
-        model.update(weights)
-        total: mx.array = model(x).sum()
-        return total
-
+    loss = _summed(model)
     weights = model.trainable_parameters()
     plain = mx.grad(loss, argnums=(0, 1))(weights, x)
     for segment in (1, 2):
@@ -157,11 +161,7 @@ def test_dropout_has_the_same_mask_when_a_layer_is_recomputed() -> None:
     model = _TwoDropping()
     model.train()
 
-    def loss(weights: Any, x: mx.array) -> mx.array:
-        model.update(weights)
-        total: mx.array = model(x).sum()
-        return total
-
+    loss = _summed(model)
     weights, random = model.trainable_parameters(), mx.random.state
     sums = []
     with recomputed(model, every=1):

@@ -51,9 +51,12 @@ class _Stand:
         return self
 
 
-@pytest.mark.parametrize(("traced", "tried", "step"), [(900, [8], 7.0), (1100, [2, 4], 6.0)])
+@pytest.mark.parametrize(
+    ("traced", "is_bound", "tried", "step", "peak"),
+    [(900, False, [8], 7.0, 900), (1100, False, [2, 4], 6.0, 1100), (900, True, [2, 4], 6.0, 400)],
+)
 def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
-    traced: int, tried: list[int], step: float, monkeypatch: pytest.MonkeyPatch
+    traced: int, is_bound: bool, tried: list[int], step: float, peak: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = TrainingSettings(num_steps=10, batch_size=8, warmup_steps=0, grad_accum_steps=2, eval_every=4)
     rows, trials = Rows(np.zeros((16, 5), np.int32), np.full((16, 5), 3, np.uint8)), []
@@ -65,7 +68,7 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
 
     subject = _Stand(settings=settings, model=None)
     monkeypatch.setattr(job, "prepare", lambda *_: (None, subject, None))
-    monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(traced, 32))
+    monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(traced, 32, is_bound=is_bound))
     monkeypatch.setattr(forecast, "try_step", try_step)
     monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
     request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
@@ -73,7 +76,7 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     tokens: Any = _Stand(rows=rows)
     expected = forecast.forecast(request, tokens, rows, context)
     assert trials == tried
-    assert expected.peak_bytes == traced
+    assert expected.peak_bytes == peak
     seconds = expected.seconds
     assert seconds.step == pytest.approx(step)
     assert (seconds.steps, seconds.first_step) == (10, 2.0)
