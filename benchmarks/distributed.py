@@ -202,8 +202,26 @@ def run_row(row: str, name: str) -> None:
         return
     if rank.size > 1:
         mx.distributed.init(strict=True, backend=rank.backend)
+    if rank.backend == "nccl":
+        _sum_reports_on_the_device()
     mlx_lm(row, job=job, dtype="float32" if name == "cpu" else "bfloat16")
     Heart(rank.beats).beat(0, "after the training", is_done=True)
+
+
+def _sum_reports_on_the_device() -> None:
+    """Let mlx-lm add the figures of its reports over the ranks on the GPU.
+
+    Its trainer does so on a stream of the CPU (`all_sum(losses, stream=mx.cpu)`), where MLX 0.32.4's NCCL backend then
+    looks for the GPU's stream in a thread that has none: "There is no Stream(gpu, 0) in current thread".
+    """
+    import mlx.core as mx
+
+    on_any_stream = mx.distributed.all_sum
+
+    def all_sum(x: "mx.array", *, group: Any = None, stream: Any = None) -> "mx.array":
+        return on_any_stream(x, group=group, stream=None if stream == mx.cpu else stream)
+
+    mx.distributed.all_sum = all_sum
 
 
 if __name__ == "__main__":

@@ -29,28 +29,40 @@ def gather_pieces(team: Team, array: mx.array, *, piece: int = PIECE) -> list[mx
 
 
 def sum_pieces(team: Team, array: mx.array, *, piece: int = PIECE) -> list[mx.array]:
-    """Let the backend add the arrays of all ranks; return the pieces of the sum, (1, N) each.
+    """Let the backend add the arrays of all ranks in fp32; return the pieces of the sum, (1, N) each.
+
+    A piece is converted to fp32 when it is sent, and its sum takes its place in memory. The array itself is freed as
+    soon as it is sent, if the caller holds it no longer.
 
     Args:
         team: of this process.
-        array: of one dimension, in fp32, scheduled for evaluation before.
+        array: of one dimension, scheduled for evaluation before.
         piece: the most numbers that all ranks send together.
     """
-    return [_sent(team.sum(part)) for part in split(array, team, piece=piece)]
+    parts = split(array, team, piece=piece)
+    del array
+    return [_sent(team.sum(_exact(parts.pop(0), team))) for _ in range(len(parts))]
 
 
 def sum_part_in_pieces(team: Team, rows: mx.array, *, piece: int = PIECE) -> list[mx.array]:
-    """Let the backend add the rows of all ranks; return the pieces of this rank's row of the sum, (1, N) each.
+    """Let the backend add the rows of all ranks in fp32; return the pieces of this rank's row of the sum, (1, N) each.
 
     Args:
         team: of this process.
-        rows: one for each rank, (number of ranks, N), in fp32, scheduled for evaluation before.
+        rows: one for each rank, (number of ranks, N), scheduled for evaluation before.
         piece: the most numbers that a rank sends at a time.
     """
     numbers = max(1, piece // team.size)
     with team.communicating():
         parts = [rows[:, begin : begin + numbers] for begin in range(0, rows.shape[1], numbers)]
-    return [_sent(team.sum_part(part)) for part in parts]
+    del rows
+    return [_sent(team.sum_part(_exact(parts.pop(0), team))) for _ in range(len(parts))]
+
+
+def _exact(part: mx.array, team: Team) -> mx.array:
+    """Return a part in fp32, an array of its own that a collective may overwrite; on the stream of the collectives."""
+    with team.communicating():
+        return part.astype(mx.float32)
 
 
 def added_in_rank_order(

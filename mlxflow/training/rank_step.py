@@ -74,44 +74,46 @@ class RankStep:
     def add_in_rank_order(self, so_far: Sums | None, mine: Packed, count: int) -> Sums:
         """Return sums to which those of the first ranks were added in rank order, in fp32.
 
-        Each array is sent when it is computed, while the device computes the next.
+        Each array is sent when it is computed, while the device computes the next, and freed.
 
         Args:
             so_far: the same on all ranks; None for zeros.
-            mine: of this rank.
+            mine: of this rank; emptied.
             count: number of ranks whose sums are added.
         """
         sums: Sums = []
-        for place, array in enumerate(mine):
-            mx.async_eval(array)
-            pieces = reduction.gather_pieces(self._team, array)
+        mine.reverse()
+        while mine:
+            mx.async_eval(mine[-1])
+            pieces = reduction.gather_pieces(self._team, mine.pop())
             with self._team.adding():
                 add = self._added(count)
-                sums.append(add(pieces) if so_far is None else add(pieces, so_far[place]))
+                sums.append(add(pieces) if so_far is None else add(pieces, so_far[len(sums)]))
+                del pieces
                 mx.async_eval(sums[-1])
         return sums
 
     def sum_fast(self, mine: Packed) -> Sums:
         """Return the sums of all ranks in fp32, added in an order that the backend chooses.
 
-        Each array is sent when it is computed, while the device computes the next. Of arrays that the optimizer splits
-        between the ranks, a rank gets its own part alone, where the backend has a reduce-scatter.
+        Each array is sent when it is computed, while the device computes the next, and freed. Of arrays that the
+        optimizer splits between the ranks, a rank gets its own part alone, where the backend has a reduce-scatter.
 
         Args:
-            mine: of this rank.
+            mine: of this rank; emptied.
         """
         sums: Sums = []
         shards = self._step.shards if self._team.scatters else None
-        for name, array in zip(self._packing.names, mine, strict=True):
+        mine.reverse()
+        for name in self._packing.names:
+            scatters = shards is not None and shards.splits(name) and not is_split(name)
+            if shards is not None and scatters:
+                mine[-1] = shards.rows(mine[-1])
+            mx.async_eval(mine[-1])
             if is_split(name):  # the backward pass has added these over the ranks
-                mx.async_eval(array)
-                sums.append([array])
+                sums.append([mine.pop()])
                 continue
-            scatters = shards is not None and shards.splits(name)
-            exact = array.astype(mx.float32)
-            exact = shards.rows(exact) if shards is not None and scatters else exact
-            mx.async_eval(exact)
-            pieces = (reduction.sum_part_in_pieces if scatters else reduction.sum_pieces)(self._team, exact)
+            pieces = (reduction.sum_part_in_pieces if scatters else reduction.sum_pieces)(self._team, mine.pop())
             with self._team.adding():
                 sums.append([part.reshape(-1) for part in pieces])
         return sums

@@ -1,7 +1,3 @@
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +6,9 @@ import numpy as np
 import pytest
 
 from mlxflow.distributed.rank import Rank
-from mlxflow.distributed.rank_start import free_ports
 from mlxflow.distributed.team import SOLO, Team, odd_rank
 from mlxflow.messages.errors import StageError
+from tests.distributed.two_ranks import outputs_of
 
 
 class _ScriptedTeam(Team):
@@ -88,15 +84,4 @@ def test_turns_interleave_the_arrays_of_the_ranks() -> None:
 
 @pytest.mark.parametrize("waits_for", ["numbers", "gradients"])
 def test_what_a_dead_rank_did_not_send_is_an_error(waits_for: str, tmp_path: Path) -> None:
-    (tmp_path / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("lost_peer.py"), waits_for],
-            env=os.environ | {"MLX_RANK": str(number), "MLX_HOSTFILE": str(tmp_path / "hosts.json")},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
-    assert outputs == ["[[7], [7]]\n[ring] connection to a peer was lost\n", ""]
+    assert outputs_of("lost_peer.py", waits_for, tmp_path) == ["[[7], [7]]\n[ring] connection to a peer was lost\n", ""]
