@@ -1,5 +1,6 @@
 """What the tests share: a small text, and the whole chain built from it once."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import psutil
 import pytest
 
 from mlxflow.device import cpu_backend
@@ -43,6 +46,19 @@ def _own_search_path() -> Iterator[None]:
         os.environ.pop("PYTHONSAFEPATH", None)
     else:
         os.environ["PYTHONSAFEPATH"] = before
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End the processes that a failed test has left: a training on two ranks would slow down all later tests."""
+    begin, failed = time.time(), item.session.testsfailed
+    outcome = yield
+    if item.session.testsfailed > failed:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.create_time() > begin - 2:  # the time of the start of the machine is known to a second
+                    process.kill()
+    return outcome
 
 
 TINY = REPOSITORY / "tests" / "tiny.toml"
@@ -156,8 +172,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; give the long tests, which do not run by default, an hour each."""
     import mlx.core as mx
+
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("faults", "first_hour", "gpu", "journey", "matrix", "metal")):
+            item.add_marker(pytest.mark.timeout(3600))
 
     if config.getoption("--metal"):
         from tests.metal import gpu_session

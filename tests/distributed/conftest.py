@@ -79,7 +79,7 @@ def train(trained_alone: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def build(processes: int, *, train: str = FIXED, **distributed: Any) -> bytes:
-        keys = {"processes": processes, "step_timeout": '"10 min"'} | distributed
+        keys = {"processes": processes, "step_timeout": '"2 min"'} | distributed
         table = "".join(f"{key} = {value}\n" for key, value in keys.items())
         Path("workflow.toml").write_text(WORKFLOW.format(distributed=table, train=train))
         workflow = load_workflow(Path("workflow.toml"))

@@ -80,7 +80,7 @@ def test_a_rank_on_another_host_gets_the_files_and_trains_the_same_bytes(
     assert re.search(r"^rank 1 on otherhost: copies \d+ files, [\d,]+ bytes$", said, re.M)
     ended = r"^train: rank 1 on otherhost ended with signal SIGKILL at step \d+ \(.*restart 1 of 3\)$"
     assert re.search(ended, said, re.M)
-    assert re.search(r"^rank 0: train: resumes from step [46] \(", said, re.M)
+    assert re.search(r"^rank 0: train: resumes from step \d+ \(", said, re.M)
     names = {path.name for path in _copy_of(other_host).rglob("*") if path.is_file()}
     assert {"train.safetensors", "tokenizer.json", "state.safetensors"} <= names
 
@@ -223,7 +223,7 @@ def test_a_stopped_rank_on_another_host_is_named_and_the_run_continues(
     faults.planned = {(1, 5): (signal.SIGSTOP, "rank")}
     assert train_on_hosts() == trained_alone[1]
     assert re.search(
-        r"^train: rank 1 on otherhost made no progress for 10 min at step 5 \(.*\) and is stopped.*restart 1 of 3\)$",
+        r"^train: rank 1 on otherhost made no progress for 2 min at step 5 \(.*\) and is stopped.*restart 1 of 3\)$",
         capfd.readouterr().err,
         re.M,
     )

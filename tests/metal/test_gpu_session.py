@@ -14,7 +14,7 @@ _NO_CLANG = "the stand-in for Metal needs clang 19 or newer: apt-get install cla
 
 def _pytest(*arguments: str, path: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "PATH": path}
+    environment = {**os.environ, "PATH": path, "PYTEST_ADDOPTS": ""}
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
 
 
