@@ -2,7 +2,9 @@
 
 Templates and the patterns of tokenizers are programs: `9**9**9` blocks the interpreter and `'x' * 10**10` exhausts
 memory, so they cannot be stopped from inside the process. The limits grow with the size of the input; see
-`mlxflow.data.watched`. Only processor time counts: a slow disk, a busy machine and waiting for a lock do not.
+`mlxflow.data.watched`. Only processor time counts: a slow disk, a busy machine and waiting for a lock do not. Nor does
+importing installed packages; see `mlxflow.data.import_timing`. Work that uses no processor time for long has come to
+a deadlock, and is ended, too.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from mmap import mmap
@@ -28,6 +31,10 @@ from mlxflow.storage import temporary_files
 _LOOKS_SECONDS = 0.1
 _GRACE_SECONDS = 10
 _MEMORY_SHARE = 0.75
+_IDLE_PROCESSOR_SECONDS = 0.1  # threads that only look at a clock take less in ten minutes
+
+# Someone has stopped it, or its disk does not answer
+_WAITING_STATES = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP)
 
 
 class ProcessLimits(NamedTuple):
@@ -41,6 +48,8 @@ class ProcessLimits(NamedTuple):
         run_seconds: of processor time for all work of a process.
         run_seconds_per_byte: additional, for each byte of input so far.
         run_seconds_per_text: additional, for each text so far: a record, or a batch of documents.
+        module_seconds: additional to `seconds`, while a module is being imported.
+        idle_seconds: of wall-clock time without progress and without processor time.
     """
 
     seconds: float = 10
@@ -50,6 +59,8 @@ class ProcessLimits(NamedTuple):
     run_seconds: float = 60
     run_seconds_per_byte: float = 20e-6
     run_seconds_per_text: float = 0.02
+    module_seconds: float = 60
+    idle_seconds: float = 600
 
 
 LIMITS = ProcessLimits()
@@ -94,18 +105,18 @@ class Guard:
 
         Raises:
             SourceError: the work exceeded its limits or ended the process; the message names the file.
-            StageError: the process ended while it worked on no untrusted file.
+            StageError: the process ended while it worked on no untrusted file, or came to a deadlock.
         """
         with contextlib.suppress(BrokenPipeError):
             self._connection.send((name, values))
         try:
             self._wait()
-        except _TooMuchError:
+        except (_TooMuchError, _DeadlockError):
             self._process.kill()  # it may block the interpreter, or still allocate memory
             raise
         try:
             went_well, result = self._connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the latter within an answer
             self._refuse_dead()
         if not went_well:
             raise result
@@ -115,28 +126,37 @@ class Guard:
         """Wait for an answer or the end of the process.
 
         Raises:
-            SourceError: the work exceeded its limits.
+            SourceError: the work exceeded its limits, or ended the process.
+            StageError: the process ended while it worked on no untrusted file, or came to a deadlock.
         """
         process = self._watched
         since: dict[int, tuple[int, float]] = {}  # for each piece of work: its progress, and when it was first observed
         moved_at, memory_before = 0.0, 0  # time of the last progress, and memory at that time
+        idle = _IdleTime()
         while not self._connection.poll(_LOOKS_SECONDS):
-            work = self._board.announced()
+            if self._process.poll() is not None and not self._connection.poll(0):
+                self._refuse_dead()
+            work, (importing, imported) = self._board.announced(), self._board.imports()
             try:
-                used, memory = sum(process.cpu_times()[:2]), process.memory_info().rss
+                spent, memory = sum(process.cpu_times()[:2]), process.memory_info().rss
             except psutil.Error:
-                continue  # the process has ended, and the connection reports it next
+                continue  # the process has ended, and its exit code is known next
+            used = spent - imported
             now = {one.slot: (one.progress, used) for one in work}
-            if any(slot not in since or since[slot][0] != progress for slot, (progress, _) in now.items()):
+            moved = any(slot not in since or since[slot][0] != progress for slot, (progress, _) in now.items())
+            if moved:
                 moved_at, memory_before = used, memory
             since = {s: since[s] if s in since and since[s][0] == now[s][0] else now[s] for s in now}
             self._count(work, used)
+            idle.add(spent, moved=moved or not work)
             if work:
                 oldest = min(work, key=lambda one: since[one.slot][1])
                 size = sum(one.size for one in work)
-                _check_seconds(oldest, size, used - moved_at)
+                _check_idle(oldest, idle.seconds, process)
+                _check_seconds(oldest, size, used - moved_at - LIMITS.module_seconds * (importing > 0))
                 _check_memory(oldest, size, memory, memory_before, process)
-                _check_run(self._spent, *self._board.worked_on())
+                if not importing:
+                    _check_run(self._spent, *self._board.worked_on())
 
     def _count(self, work: list[Announced], used: float) -> None:
         """Add the processor time since the last check to the untrusted files in use."""
@@ -146,7 +166,7 @@ class Guard:
 
     def _refuse_dead(self) -> NoReturn:
         """Raise the error for a process that ended without an answer."""
-        code = self._process.wait()
+        code = self._end(_GRACE_SECONDS)
         work = self._board.announced()
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
         if last := self._last_line():
@@ -164,12 +184,16 @@ class Guard:
         """Kill the process, wait for its end and return its id."""
         if self._process.poll() is None:
             self._process.terminate()
+        self._end(_GRACE_SECONDS)
+        return self._process.pid
+
+    def _end(self, seconds: float) -> int:
+        """Wait for the end of the process, kill it if that takes longer, and return its exit code."""
         try:
-            self._process.wait(_GRACE_SECONDS)
+            return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        return self._process.pid
+            return self._process.wait()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -179,6 +203,35 @@ class Guard:
 
 class _TooMuchError(SourceError):
     """Work exceeded its limits."""
+
+
+class _DeadlockError(StageError):
+    """Work uses no processor time."""
+
+
+class _IdleTime:
+    """The wall-clock time in which a process uses no processor time.
+
+    Attributes:
+        seconds: since it last used some or made progress.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._spent, self._looked = 0.0, time.monotonic()
+
+    def add(self, spent: float, *, moved: bool) -> None:
+        """Add the time since the last call, at most a second: a guard that is suspended may suspend the other, too.
+
+        Args:
+            spent: the processor time of the process so far.
+            moved: whether it made progress, or has no work.
+        """
+        now = time.monotonic()
+        self.seconds += min(now - self._looked, 1)
+        self._looked = now
+        if moved or spent > self._spent + _IDLE_PROCESSOR_SECONDS:
+            self.seconds, self._spent = 0.0, spent
 
 
 def guarded(name: str, *values: Any) -> Any:
@@ -193,6 +246,11 @@ def _stderr() -> int:
         return os.dup(2)
     except OSError:
         return os.open(os.devnull, os.O_WRONLY)
+
+
+def _check_idle(work: Announced, seconds: float, process: psutil.Process) -> None:
+    if seconds > LIMITS.idle_seconds and process.status() not in _WAITING_STATES:
+        raise _DeadlockError(f"{_named(work)} hangs: no processor time for {LIMITS.idle_seconds:,.3g} s. Run it again.")
 
 
 def _check_seconds(work: Announced, size: int, used: float) -> None:

@@ -7,13 +7,16 @@ every record is announced, also in processes without a guard.
 import contextlib
 import importlib
 import mmap
+import os
 import signal
 import sys
+import threading
 import traceback
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
+from mlxflow.data.import_timing import ImportTimer
 from mlxflow.device import child_processes
 from mlxflow.messages.errors import SourceError, reason_of
 
@@ -22,7 +25,8 @@ NUM_SLOTS = 1024
 
 _NUMBERS = 6  # fields of a slot: size + 1, progress, position, length of the text; total so far: bytes, texts
 _TEXT_BYTES = 1024
-BOARD_BYTES = NUM_SLOTS * (8 * _NUMBERS + _TEXT_BYTES)
+_IMPORT_BYTES = 16  # modules in execution, nanoseconds of importing
+BOARD_BYTES = NUM_SLOTS * (8 * _NUMBERS + _TEXT_BYTES) + _IMPORT_BYTES
 
 
 class Announced(NamedTuple):
@@ -55,7 +59,9 @@ class Board:
     def __init__(self, memory: "mmap.mmap | bytearray | None" = None) -> None:
         view = memoryview(bytearray(BOARD_BYTES) if memory is None else memory)
         self.numbers = view[: 8 * _NUMBERS * NUM_SLOTS].cast("q")
-        self.texts = view[8 * _NUMBERS * NUM_SLOTS :]
+        self.texts = view[8 * _NUMBERS * NUM_SLOTS : -_IMPORT_BYTES]
+        self._imports = view[-_IMPORT_BYTES:].cast("q")
+        self._lock = threading.Lock()
         self.free = list(range(NUM_SLOTS))
 
     def announced(self) -> list[Announced]:
@@ -73,6 +79,20 @@ class Board:
         """Return the bytes and the number of texts of all work so far, including work in progress."""
         numbers = self.numbers.tolist()
         return sum(numbers[4::_NUMBERS]), sum(numbers[5::_NUMBERS])
+
+    def imports(self) -> tuple[int, float]:
+        """Return how many modules are being imported, and the seconds of processor time that imports took so far.
+
+        The module that a thread executes at present is not included in the seconds.
+        """
+        importing, nanoseconds = self._imports.tolist()
+        return importing, nanoseconds / 1e9
+
+    def add_imports(self, change: int, nanoseconds: int) -> None:
+        """Announce the beginning or the end of an import; see `ImportTimer`."""
+        with self._lock:
+            self._imports[0] += change
+            self._imports[1] += nanoseconds
 
 
 _board = Board()
@@ -143,12 +163,18 @@ def main(arguments: list[str]) -> int:
             file for the output of libraries.
     """
     global _board
-    connection, board, messages = map(int, arguments)
+    connection, board, messages = descriptors = list(map(int, arguments))
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
     sys.stderr = open(messages, "w", buffering=1, errors="backslashreplace")  # noqa: PTH123, SIM115 - until the end
     signal.signal(signal.SIGTERM, _terminate)
     calls = Connection(connection)
     child_processes.end_with_parent()
     _board = Board(mmap.mmap(board, BOARD_BYTES))
+    timer = ImportTimer(_board.add_imports)
+    timer.install()
+    os.register_at_fork(after_in_child=timer.stop)
+    os.register_at_fork(after_in_child=calls.close)  # the guard must see the end of this process, whoever outlives it
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             name, values = calls.recv()

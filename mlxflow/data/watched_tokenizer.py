@@ -38,7 +38,8 @@ class Opened:
     def __init__(self, folder: Path, subject: str, *, trusts_code: bool) -> None:
         self.subject = subject
         file = folder / "tokenizer.json"
-        with Work(subject, size=file.stat().st_size if file.is_file() else 0):
+        files = [file] if file.is_file() else _vocabulary_files(folder)
+        with Work(subject, size=sum(one.stat().st_size for one in files)):
             self.tokenizer = _read(file) if file.is_file() else _converted(folder, trusts_code)
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
@@ -53,6 +54,16 @@ def _read(file: Path) -> Any:
     except Exception as error:  # tokenizers raises this class itself
         reason = reason_of(error, None)
         raise ArtifactError(f"{file.parent}: its tokenizer cannot be opened ({reason}). Build it again.") from error
+
+
+def _vocabulary_files(folder: Path) -> list[Path]:
+    """Return the files that a tokenizer without a tokenizer.json is converted from; empty if they cannot be read."""
+    from mlxflow.storage import model_files
+
+    try:
+        return [folder / name for name in model_files.tokenizer_files(folder)]
+    except OSError:
+        return []
 
 
 def _converted(folder: Path, trusts_code: bool) -> Any:

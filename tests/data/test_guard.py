@@ -145,3 +145,58 @@ def test_the_guarded_process_ends_with_its_parent_even_in_c_code() -> None:
             time.sleep(0.05)
         os.kill(parent.pid, signal.SIGKILL)
     child.wait(30)
+
+
+_WAITS = """
+import os, sys, threading, time
+from mlxflow.data.watched import Work
+
+def wait():
+    with Work("the tokenizer"):
+        threading.Event().wait(60)
+
+def leave_a_process(file):
+    if (child := os.fork()) == 0:
+        time.sleep(20)  # with everything that it inherited
+        os.unlink(file)
+        os._exit(0)
+    with open(file, "w") as opened:
+        opened.write(str(child))
+    os._exit(7)
+
+def begin_an_answer():
+    frame = sys._getframe()
+    while "calls" not in frame.f_locals:
+        frame = frame.f_back
+    os.write(frame.f_locals["calls"].fileno(), bytes([0, 0, 1, 0, 80]))
+    os._exit(7)
+"""
+
+
+@pytest.fixture
+def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put functions for guarded processes on their path."""
+    (tmp_path / "work_of_a_test.py").write_text(_WAITS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("_work")
+def test_work_in_a_deadlock_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LIMITS", ProcessLimits(idle_seconds=0.5))
+    with pytest.raises(StageError) as caught:
+        guarded("work_of_a_test:wait")
+    assert str(caught.value) == "the tokenizer hangs: no processor time for 0.5 s. Run it again."
+
+
+@pytest.mark.usefixtures("_work")
+def test_the_end_of_the_process_is_seen_though_one_that_it_left_lives_on(tmp_path: Path) -> None:
+    left = tmp_path / "left.pid"
+    with pytest.raises(StageError, match=r"^the guarded process ended with code 7"):
+        guarded("work_of_a_test:leave_a_process", str(left))
+    os.kill(int(left.read_text()), signal.SIGKILL)  # at its end it would have removed the file
+
+
+@pytest.mark.usefixtures("_work")
+def test_the_end_of_the_process_within_an_answer_is_named() -> None:
+    with pytest.raises(StageError, match=r"^the guarded process ended with code 7"):
+        guarded("work_of_a_test:begin_an_answer")
