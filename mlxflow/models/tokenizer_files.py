@@ -15,14 +15,17 @@ from mlxflow.storage.temporary_files import scratch_folder
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def require_tokenizer(folder: Path, tokenizer_file: Path, key: str, *, tokens_key: str) -> None:
-    """Check that tokens were made with a model's own tokenizer, if its folder has one.
+def require_tokenizer(folder: Path, tokenizer_file: Path, key: str, *, tokens_key: str) -> list[str]:
+    """Check that tokens were made with a model's own tokenizer, if its folder has one; return what was added to it.
 
     Args:
         folder: a model folder.
         tokenizer_file: the `tokenizer.json` that the tokens were made with.
         key: the setting that names the folder, for the message.
         tokens_key: the setting that names the tokenizer of the tokens, for the message.
+
+    Returns:
+        the tokens that the model's tokenizer lacks, in the order of their ids.
 
     Raises:
         ArtifactError: the two tokenizers map ids differently, or the folder's cannot be compared or read.
@@ -36,16 +39,17 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str, *, tokens_ke
                 f"{key}: the tokenizer of {folder} has no tokenizer.json, to which that of the tokens could be "
                 "compared. Save it once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        return
+        return []
     try:
-        is_same = vocabularies.have_equal_ids(own, tokenizer_file)
+        added = vocabularies.added_tokens(tokenizer_file, beyond=own)
     except (OSError, ValueError) as error:
         advice = advise_on(error, "Name another")
         raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). {advice}.") from error
-    if not is_same:
+    if added is None:
         raise ArtifactError(
             f"{key}: the tokens were not made with the tokenizer of {folder}. Set {tokens_key} to the same folder."
         )
+    return added
 
 
 def copy_companions(folder: Path, to: Path) -> None:

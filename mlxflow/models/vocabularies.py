@@ -17,33 +17,27 @@ def have_equal_ids(one: Path, other: Path) -> bool:
     Raises:
         ValueError: one of them is no valid `tokenizer.json`.
     """
-    if one.read_bytes() == other.read_bytes():
-        return True
-    first, second = _read(one), _read(other)
-    if first == second:  # most files that differ in bytes are the same in another layout
-        return True
-    apart = first.added.keys() | second.added.keys()
-    core, other_core = ({t: n for t, n in read.ids.items() if t not in apart} for read in (first, second))
-    if core != other_core:
-        return False
-    texts = {number: text for text, number in first.ids.items()}
-    return all(first.ids.get(t, n) == n and texts.get(n, t) == t for t, n in second.ids.items())
+    return added_tokens(one, beyond=other) is not None
 
 
-def added_tokens(tokenizer_file: Path, *, beyond: Path) -> list[str]:
-    """Return the tokens of a tokenizer that another one lacks, in the order of their ids.
+def added_tokens(tokenizer_file: Path, *, beyond: Path) -> list[str] | None:
+    """Return the tokens of a tokenizer that another one lacks, in the order of their ids; None if their ids differ.
 
     Args:
         tokenizer_file: a `tokenizer.json`.
-        beyond: that of the other one.
+        beyond: that of the other one; see `have_equal_ids`.
 
     Raises:
         ValueError: one of them is no valid `tokenizer.json`.
     """
     if tokenizer_file.read_bytes() == beyond.read_bytes():
         return []
-    ids, known = _read(tokenizer_file).ids, _read(beyond).ids
-    return sorted(ids.keys() - known.keys(), key=ids.__getitem__)
+    known, own = _read(beyond), _read(tokenizer_file)
+    if known == own:  # most files that differ in bytes are the same in another layout
+        return []
+    if not _are_equal(known, own):
+        return None
+    return sorted(own.ids.keys() - known.ids.keys(), key=own.ids.__getitem__)
 
 
 class _Ids(NamedTuple):
@@ -51,6 +45,15 @@ class _Ids(NamedTuple):
 
     ids: dict[str, int]
     added: dict[str, int]
+
+
+def _are_equal(first: _Ids, second: _Ids) -> bool:
+    apart = first.added.keys() | second.added.keys()
+    core, other_core = ({t: n for t, n in read.ids.items() if t not in apart} for read in (first, second))
+    if core != other_core:
+        return False
+    texts = {number: text for text, number in first.ids.items()}
+    return all(first.ids.get(t, n) == n and texts.get(n, t) == t for t, n in second.ids.items())
 
 
 def _read(path: Path) -> _Ids:

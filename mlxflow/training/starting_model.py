@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.models import adapter_files, gguf_reading, model_folder, quantized_layers, tokenizer_files, vocabularies
+from mlxflow.models import adapter_files, gguf_reading, model_folder, quantized_layers, tokenizer_files
 from mlxflow.models.new_model import ModelConfig, new_config
 from mlxflow.models.vocabulary_growth import grow_vocabulary
 from mlxflow.storage import config_json
@@ -155,8 +155,7 @@ def _added_tokens(folder: Path, source: ModelSource, tokens: TokenFile, names: S
     key, own = names.of("model.from"), folder / "tokenizer.json"
     if not own.is_file():
         tokens.require_vocabulary(model_folder.vocab_size(folder), key)
-    tokenizer_files.require_tokenizer(folder, source.tokenizer, key, tokens_key=names.tokenizer)
-    return vocabularies.added_tokens(source.tokenizer, beyond=own) if own.is_file() else []
+    return tokenizer_files.require_tokenizer(folder, source.tokenizer, key, tokens_key=names.tokenizer)
 
 
 def _fit_vocabulary(
