@@ -3,8 +3,8 @@
 Templates and the patterns of tokenizers are programs: `9**9**9` blocks the interpreter and `'x' * 10**10` exhausts
 memory, so they cannot be stopped from inside the process. The limits grow with the size of the input; see
 `mlxflow.data.watched`. Only processor time counts: a slow disk, a busy machine and waiting for a lock do not. Nor does
-importing installed packages; see `mlxflow.data.import_timing`. Work that uses no processor time for long has come to
-a deadlock, and is ended, too.
+importing installed packages; see `mlxflow.data.import_timing`. Work in a deadlock, which uses no processor time for
+long, is ended, too.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from mlxflow.storage import temporary_files
 _LOOKS_SECONDS = 0.1
 _GRACE_SECONDS = 10
 _MEMORY_SHARE = 0.75
-_IDLE_PROCESSOR_SECONDS = 0.1  # threads that only look at a clock take less in ten minutes
+_IDLE_PROCESSOR_SECONDS = 0.1  # threads that only wait for a clock take less in ten minutes
 
 # Someone has stopped it, or its disk does not answer
 _WAITING_STATES = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP)
@@ -105,7 +105,7 @@ class Guard:
 
         Raises:
             SourceError: the work exceeded its limits or ended the process; the message names the file.
-            StageError: the process ended while it worked on no untrusted file, or came to a deadlock.
+            StageError: the process ended while it worked on no untrusted file, or its work is in a deadlock.
         """
         with contextlib.suppress(BrokenPipeError):
             self._connection.send((name, values))
@@ -127,7 +127,7 @@ class Guard:
 
         Raises:
             SourceError: the work exceeded its limits, or ended the process.
-            StageError: the process ended while it worked on no untrusted file, or came to a deadlock.
+            StageError: the process ended while it worked on no untrusted file, or its work is in a deadlock.
         """
         process = self._watched
         since: dict[int, tuple[int, float]] = {}  # for each piece of work: its progress, and when it was first observed
