@@ -133,9 +133,7 @@ class Guard:
         since: dict[int, tuple[int, float]] = {}  # for each piece of work: its progress, and when it was first observed
         moved_at, memory_before = 0.0, 0  # time of the last progress, and memory at that time
         idle = _IdleTime()
-        while not self._connection.poll(_LOOKS_SECONDS):
-            if self._process.poll() is not None and not self._connection.poll(0):
-                self._refuse_dead()
+        while not self._has_answered():
             work, (importing, imported) = self._board.announced(), self._board.imports()
             try:
                 spent, memory = sum(process.cpu_times()[:2]), process.memory_info().rss
@@ -157,6 +155,19 @@ class Guard:
                 _check_memory(oldest, size, memory, memory_before, process)
                 if not importing:
                     _check_run(self._spent, *self._board.worked_on())
+
+    def _has_answered(self) -> bool:
+        """Wait for an answer for a moment, and return whether there is one.
+
+        Raises:
+            SourceError: the process has ended and will not answer.
+            StageError: it ended while it worked on no untrusted file.
+        """
+        if self._connection.poll(_LOOKS_SECONDS):
+            return True
+        if self._process.poll() is None or self._connection.poll(0):
+            return False
+        self._refuse_dead()
 
     def _count(self, work: list[Announced], used: float) -> None:
         """Add the processor time since the last check to the untrusted files in use."""
