@@ -163,11 +163,11 @@ class Guard:
             SourceError: the process has ended and will not answer.
             StageError: it ended while it worked on no untrusted file.
         """
-        if self._connection.poll(_LOOKS_SECONDS):
+        if not self._connection.poll(_LOOKS_SECONDS) and self._process.poll() is not None:
+            if not self._connection.poll(0):
+                self._refuse_dead()
             return True
-        if self._process.poll() is None or self._connection.poll(0):
-            return False
-        self._refuse_dead()
+        return self._connection.poll(0)
 
     def _count(self, work: list[Announced], used: float) -> None:
         """Add the processor time since the last check to the untrusted files in use."""
