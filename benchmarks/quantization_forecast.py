@@ -1,6 +1,7 @@
-"""Forecasts of `quantize`, as the first run in a folder makes them, beside what the run then took, by method."""
+"""Forecasts of `quantize`, of a first run in a folder and of further ones, beside what the runs took, by method."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from benchmarks.finetune_folder import write_random_folder
 from benchmarks.quantization_job import print_row
 from benchmarks.shapes import SMOLLM2_135M
 from mlxflow.quantization.work_forecast import FILE
-from mlxflow.quantization.work_records import WorkRecord, read_records
+from mlxflow.quantization.work_records import read_records
 
 _SHAPE = SMOLLM2_135M | {"vocab_size": 8192}
 _ROWS, _LENGTH = 96, 128
@@ -40,23 +41,29 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-def forecast(names: str = ";".join(TABLES), layers: str = "6") -> None:
-    """Print for each method what was measured over what was forecast, in seconds and in bytes of MLX's arrays.
+def forecast(names: str = ";".join(TABLES), layers: str = "6", runs: str = "2") -> None:
+    """Print for each method what a run took beside its forecast, in seconds and in bytes of MLX's arrays.
+
+    The first run of a method is predicted without records of earlier ones, each further run with those before it.
 
     Args:
         names: of `TABLES`, with semicolons between them.
         layers: of the model, which has SmolLM2's width.
+        runs: of each method.
     """
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
         model.mkdir()
         write_random_folder(_SHAPE | {"num_hidden_layers": int(layers)}, model)
         for name in names.split(";"):
-            print_row(name, **_measured(Path(temporary) / name.replace(" ", "_"), model, _USUAL | TABLES[name]))
+            folder = Path(temporary) / name.replace(" ", "_")
+            _prepare(folder, model, _USUAL | TABLES[name])
+            for number in range(int(runs)):
+                print_row(f"{name}, run {number + 1}", **_measured(folder))
 
 
-def _measured(folder: Path, model: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of a method in a folder of its own, without records of earlier runs."""
+def _prepare(folder: Path, model: Path, table: dict[str, Any]) -> None:
+    """Make a folder of its own for a method, without records of earlier runs."""
     import tomli_w
 
     folder.mkdir()
@@ -74,22 +81,49 @@ def _measured(folder: Path, model: Path, table: dict[str, Any]) -> dict[str, Any
         "quantize": {"model": str(model), "data": "pretokenize", **table},
     }
     (folder / "workflow.toml").write_text(tomli_w.dumps(workflow))
-    for stage in ("pretokenize", "quantize"):
-        command = [sys.executable, "-m", "mlxflow", "run", stage]
-        done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-    said = next(line for line in done.stderr.splitlines() if " will take " in line)
+    _run(folder, "pretokenize")
+
+
+def _run(folder: Path, stage: str) -> str:
+    """Run a stage, and return what it wrote to standard error."""
+    command = [sys.executable, "-m", "mlxflow", "run", stage]
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stderr
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """Return the figures of a run."""
+    said = next(line for line in _run(folder, "quantize").splitlines() if " will take " in line)
     report = tomllib.loads((folder / "artifacts/quantize/report.toml").read_text())["run"]
-    ((record,),) = read_records(folder / "artifacts/.mlxflow" / FILE).values()
-    return {"forecast": said.partition(" will take ")[2].rpartition(",")[0], **_facts(record, report)}
-
-
-def _facts(record: WorkRecord, report: dict[str, Any]) -> dict[str, Any]:
+    (records,) = read_records(folder / "artifacts/.mlxflow" / FILE).values()
+    value, low, high = forecast_seconds(said)
     return {
+        "forecast": said.partition(" will take ")[2],
+        "forecast_seconds": value,
         "seconds": report["seconds"],
+        "is_within": low <= round(report["seconds"]) <= high,
         "peak_memory_bytes": report["peak_memory_bytes"],
         "peak_rss_bytes": report["peak_rss_bytes"],
-        "seconds_over_count": record.seconds,
-        "memory_over_forecast": record.held_bytes,
+        "seconds_over_count": records[-1].seconds,
+        "memory_over_forecast": records[-1].held_bytes,
     }
+
+
+def forecast_seconds(line: str) -> tuple[int, int, int]:
+    """Return the likeliest seconds, and the interval, that a line of a forecast says."""
+    said = line.partition(" will take ")[2]
+    if said.startswith("less than 1 s"):
+        return 0, 0, 1
+    found = re.match(r"about (.*?) \((.*?) to (.*?)\)", said)
+    if found is None:
+        raise ValueError(line)
+    value, low, high = (_seconds_of(words) for words in found.groups())
+    return value, low, high
+
+
+def _seconds_of(words: str) -> int:
+    """Return the seconds of a duration in words, see `mlxflow.training.progress.duration`."""
+    units = {"h": 3600, "min": 60, "s": 1}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+) (h|min|s)", words))

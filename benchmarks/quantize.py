@@ -18,8 +18,9 @@
     python benchmarks/quantize.py memory [SHAPE [METHODS [LAYERS]]]
                                                        memory and time of each method on random weights of Llama 3's
                                                        shape with few layers, and what grows with their number
-    python benchmarks/quantize.py forecast [NAMES [LAYERS]]
-                                                       forecasts of time and memory beside what each method took
+    python benchmarks/quantize.py forecast [NAMES [LAYERS [RUNS]]]
+                                                       forecasts of time and memory beside what each method took, in
+                                                       its first run and in further ones
 
 Prints one line of JSON a row. Everything but `recovery` is on the CPU.
 """

@@ -2,31 +2,38 @@
 
 Lin et al. 2023 (arXiv:2306.00978). The search for scales follows mlx-lm's `awq` and measures the error at the output
 of the smallest module that contains the layers; the search for limits is mlx-lm's function. mlx-lm has a table of
-architectures. Here the layers that share scales are found by running the block (`scale_groups`), and blocks run inside
-a forward pass of the whole model, with the inputs, masks and positions of the architecture.
+architectures. Here the layers that share scales are found by running the block (`scale_groups`), with the inputs, masks
+and positions that it takes in a forward pass of the whole model (`block_slices`). Rows are computed in slices, and what
+all slices need lies in files: memory grows with the rows by the hidden states of one block alone.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.ops.patching import layer_method
+from mlxflow.quantization.block_slices import StoredTree, block_inputs
 from mlxflow.quantization.codec import round_trip
-from mlxflow.quantization.scale_groups import Group, Noted, Run, apply_scales, cast_to, find_groups, noted, weighted
+from mlxflow.quantization.scale_groups import Group, Noted, apply_scales, cast_to, find_groups, noted, weighted
 from mlxflow.quantization.settings import Setting
 
 # Names of layers whose weights are not clipped, as in AWQ: queries and keys need their outliers
 _NOT_CLIPPED = ("q_", "k_", "query", "key", "qkv", "c_attn", "kv_a", "kv_b", "embed_q")
 
 _LEAST_SCALE = 1e-4
+
+# Rows of a layer's inputs on which its limits are searched, as in mlx-lm
+_CLIPPING_ROWS = 512
+
+#: Runs a module on the slice of a number; returns its outputs.
+_RunSlice = Callable[[int], list[mx.array]]
 
 
 def scale_and_clip(
@@ -35,6 +42,7 @@ def scale_and_clip(
     tokens: mx.array,
     *,
     search_steps: int,
+    folder: Path,
     watch: Callable[[str], None],
 ) -> None:
     """Scale and clip the weights of a model's blocks, so that rounding them afterwards loses less of their outputs.
@@ -43,35 +51,69 @@ def scale_and_clip(
         model: dense, in eval mode; weights and norms of its blocks are changed in place, with nearly the
             same outputs.
         plan: module path to setting; other layers are scaled if they belong to a group, and not rounded.
-        tokens: (R, L) ids to calibrate on; the activations of a block on all of them are held in memory.
+        tokens: (R, L) ids to calibrate on; the hidden states of one block on all of them are held in memory.
         search_steps: number of scales and limits to try for each group of layers.
+        folder: for the inputs of a block and its modules; removed with all that lies in it.
         watch: called with the path of each finished block.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
+    modules = dict(model.named_modules())
     recipes: dict[Any, list[Group]] = {}
-
-    def learning(block: nn.Module) -> Callable[[Any], Any]:
-        prefix = paths[id(block)]
+    for prefix, inputs in block_inputs(model, tokens, folder=folder):
+        block = modules[prefix]
         settings = {path: plan[f"{prefix}.{path}"] for path in weighted(block) if f"{prefix}.{path}" in plan}
-        waiting = [block] if settings else []  # a block may be called more than once
+        if settings and inputs:
+            _BlockScaling(block, settings, inputs, folder).learn(recipes, search_steps)
+        watch(prefix)
 
-        def make(call: Any) -> Any:
-            def learned_call(self: Any, *inputs: Any, **named: Any) -> Any:
-                outputs = call(self, *inputs, **named)
-                mx.eval(outputs)
-                if waiting:
-                    _BlockScaling(waiting.pop(), settings, call, inputs, named).learn(recipes, search_steps)
-                    watch(prefix)
-                return outputs
 
-            return learned_call
+class _LayerInputs(NamedTuple):
+    """What is held of a layer's inputs.
 
-        return make
+    Attributes:
+        sizes: mean magnitude of each channel, (D,).
+        samples: evenly spaced rows, (at most 512, D).
+    """
 
-    with ExitStack() as stack:
-        for block in {id(block): block for block in model.layers}.values():
-            stack.enter_context(layer_method(block, "__call__", learning(block), by=__name__))
-        mx.eval(model(tokens))
+    sizes: mx.array
+    samples: mx.array
+
+    @classmethod
+    def of(cls, slices: Sequence["_LayerInputs"], counts: Sequence[int]) -> "_LayerInputs":
+        """Return the inputs of slices with some numbers of rows together."""
+        shares = [count / sum(counts) for count in counts]
+        sizes = sum((one.sizes * share for one, share in zip(slices, shares, strict=True)), mx.array(0.0))
+        return cls(sizes, mx.concatenate([one.samples for one in slices]))
+
+    def divided(self, scales: mx.array) -> "_LayerInputs":
+        """Return the inputs with each channel divided by a scale."""
+        return _LayerInputs(self.sizes / scales, (self.samples / scales).astype(self.samples.dtype))
+
+
+class _Collected:
+    """Inputs of a layer, slice by slice.
+
+    Args:
+        num_slices: their number; the last one may have fewer rows than the others.
+    """
+
+    def __init__(self, num_slices: int) -> None:
+        self._num_slices, self._stride = num_slices, 0
+        self._slices: list[_LayerInputs] = []
+        self._counts: list[int] = []
+
+    def add(self, x: mx.array) -> None:
+        """Add the inputs of a slice, (..., D)."""
+        rows = x.reshape(-1, x.shape[-1])
+        self._stride = self._stride or max(1, math.ceil(len(rows) * self._num_slices / _CLIPPING_ROWS))
+        sizes = mx.abs(rows.astype(mx.float32)).mean(axis=0)
+        one = _LayerInputs(sizes, mx.contiguous(rows[-sum(self._counts) % self._stride :: self._stride]))
+        mx.eval(one)
+        self._slices.append(one)
+        self._counts.append(len(rows))
+
+    def together(self) -> _LayerInputs:
+        """Return the inputs of all slices."""
+        return _LayerInputs.of(self._slices, self._counts)
 
 
 class _BlockScaling:
@@ -80,40 +122,25 @@ class _BlockScaling:
     Args:
         block: changed by `learn`.
         settings: of its layers that are quantized.
-        call: the block's `__call__`: takes it and its inputs.
-        inputs: positional arguments of `call`.
-        named: keyword arguments of `call`.
+        inputs: positional and keyword arguments of the block for each slice of rows.
+        folder: for files.
     """
 
     def __init__(
-        self,
-        block: nn.Module,
-        settings: Mapping[str, Setting],
-        call: Callable[..., Any],
-        inputs: tuple[Any, ...],
-        named: Mapping[str, Any],
+        self, block: nn.Module, settings: Mapping[str, Setting], inputs: Sequence[StoredTree], folder: Path
     ) -> None:
-        self._block, self._settings, self._call = block, settings, call
-        self._inputs = (inputs, dict(named))
+        self._block, self._settings, self._inputs, self._folder = block, settings, inputs, folder
 
-    def run(self) -> list[mx.array]:
-        """Return the block's outputs, in the dtype of its weights."""
-        return self._compute(lambda *inputs, **named: self._call(self._block, *inputs, **named), *self._inputs)
+    def run(self, number: int) -> list[mx.array]:
+        """Return the block's outputs on a slice, in the dtype of its weights."""
+        return self._run_module(self._block, self._inputs, number)
 
-    def _compute(self, call: Callable[..., Any], inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[mx.array]:
+    def _run_module(self, module: nn.Module, stored: Sequence[StoredTree], number: int) -> list[mx.array]:
         dtype = next(iter(weighted(self._block).values())).weight.dtype
-        inputs, named = cast_to(dtype, (inputs, dict(named)))
-        outputs = [value for _, value in tree_flatten(call(*inputs, **named))]
+        inputs, named = cast_to(dtype, stored[number].read())
+        outputs = [value for _, value in tree_flatten(module(*inputs, **named))]
         mx.eval(outputs)
         return outputs
-
-    def _run_of(self, paths: Sequence[str], calls: Mapping[str, Noted]) -> Run:
-        """Return a function that runs the smallest module that contains some layers and was called once."""
-        modules = dict(self._block.named_modules())
-        path = os.path.commonpath([one.replace(".", "/") for one in paths]).replace("/", ".")
-        while path and path not in calls:
-            path = path.rpartition(".")[0]
-        return partial(self._compute, modules[path], calls[path].inputs, calls[path].named) if path else self.run
 
     def learn(self, recipes: dict[Any, list[Group]], search_steps: int) -> None:
         """Scale and clip the block; undo it if the quantization error is not reduced.
@@ -122,39 +149,71 @@ class _BlockScaling:
             recipes: groups of layers by kind of block; updated.
             search_steps: number of scales and limits to try.
         """
-        calls = noted(self._block, self.run)
         alike = tuple((path, type(one), one.weight.shape) for path, one in weighted(self._block).items())
         if alike not in recipes:
-            recipes[alike] = find_groups(self._block, self.run, calls)
-        dense, reference = self._block.parameters(), self.run()
+            run = partial(self.run, 0)
+            recipes[alike] = find_groups(self._block, run, noted(self._block, run))
+            mx.clear_cache()
+        dense, reference = self._block.parameters(), self._stored_outputs(self.run, "outputs")
         unscaled = dict.fromkeys(self._settings, 1.0)
         before = self._lost(self.run, reference, unscaled)
-        x = {path: one.x for path, one in calls.items()}
+        x, runs = self._noted_inputs(recipes[alike])
         for group in recipes[alike]:
             rounded = [path for path in group.layers if path in self._settings]
             if rounded:
-                scales = self._best_scales(rounded, x[group.layers[0]], self._run_of(group.layers, calls), search_steps)
+                scales = self._best_scales(rounded, x[group.layers[0]].sizes, runs[group], search_steps)
                 apply_scales(self._block, group, scales)
-                x |= {path: (x[path] / scales).astype(x[path].dtype) for path in group.layers}
+                x |= {path: x[path].divided(scales) for path in group.layers}
         self._clip(x, search_steps)
         if not self._lost(self.run, reference, unscaled) < before:
             self._block.update(dense)
         mx.eval(self._block.parameters())
         mx.clear_cache()
 
-    def _best_scales(self, paths: Sequence[str], x: mx.array, run: Run, search_steps: int) -> mx.array:
+    def _noted_inputs(self, groups: Sequence[Group]) -> tuple[dict[str, _LayerInputs], dict[Group, _RunSlice]]:
+        """Return the inputs of layers, and what runs the smallest module that contains the layers of a group."""
+        modules = dict(self._block.named_modules())
+        paths = {*self._settings, *(path for group in groups for path in group.layers)}
+        collected: dict[str, _Collected] = {}
+        parts: dict[str, list[StoredTree]] = {}
+        smallest: dict[Group, str] = {}
+        for number in range(len(self._inputs)):
+            calls = noted(self._block, partial(self.run, number))
+            smallest = smallest or {group: _smallest_module(group.layers, calls) for group in groups}
+            for path in paths & calls.keys():
+                if _is_product(calls[path].x, modules[path].weight):
+                    collected.setdefault(path, _Collected(len(self._inputs))).add(calls[path].x)
+            self._store_calls({path: calls[path] for path in smallest.values() if path}, number, parts)
+            del calls  # before those of the next slice
+        runs: dict[Group, _RunSlice] = {
+            group: partial(self._run_module, modules[path], parts[path]) if path else self.run
+            for group, path in smallest.items()
+        }
+        return {path: one.together() for path, one in collected.items()}, runs
+
+    def _store_calls(self, calls: Mapping[str, Noted], number: int, parts: dict[str, list[StoredTree]]) -> None:
+        """Add the inputs of modules on the slice of a number to those on earlier slices."""
+        for place, (path, call) in enumerate(calls.items()):
+            file = self._folder / f"module-{place}-{number}.safetensors"
+            parts.setdefault(path, []).append(StoredTree((call.inputs, call.named), file))
+
+    def _stored_outputs(self, run: _RunSlice, name: str) -> list[StoredTree]:
+        """Return the outputs on all slices, in files."""
+        files = [self._folder / f"{name}-{number}.safetensors" for number in range(len(self._inputs))]
+        return [StoredTree(run(number), file) for number, file in enumerate(files)]
+
+    def _best_scales(self, paths: Sequence[str], sizes: mx.array, run: _RunSlice, search_steps: int) -> mx.array:
         """Return the scales, (D,), with the least quantization error of some outputs.
 
         The candidates are powers, from 0 to 1, of the mean magnitude of each channel.
 
         Args:
             paths: of the layers.
-            x: their input, (..., D).
-            run: computes the outputs.
+            sizes: mean magnitudes of their inputs, (D,).
+            run: computes the outputs on a slice.
             search_steps: number of candidates.
         """
-        reference = run()
-        sizes = mx.abs(x.reshape(-1, x.shape[-1]).astype(mx.float32)).mean(axis=0)
+        reference = self._stored_outputs(run, "module-outputs")
         tried = []
         for step in range(search_steps):
             scales = mx.maximum(sizes ** (step / search_steps), _LEAST_SCALE)
@@ -162,37 +221,51 @@ class _BlockScaling:
             tried.append((self._lost(run, reference, dict.fromkeys(paths, scales)), step, scales))
         return min(tried, key=lambda one: one[:2])[2]
 
-    def _lost(self, run: Run, reference: Sequence[mx.array], scales: Mapping[str, Any]) -> float:
-        """Return the squared error of some outputs with some layers rounded under column scales."""
+    def _lost(self, run: _RunSlice, reference: Sequence[StoredTree], scales: Mapping[str, Any]) -> float:
+        """Return the squared error of some outputs on all slices with some layers rounded under column scales."""
         layers = weighted(self._block)
         dense = {path: layers[path].weight for path in scales}
         for path, own in scales.items():
             rounded = round_trip((dense[path] * own).astype(dense[path].dtype), self._settings[path])
             layers[path].weight = (rounded / own).astype(rounded.dtype)
         try:
-            outputs = run()
+            lost = sum(_squared_error(run(number), exact.read()) for number, exact in enumerate(reference))
         finally:
             for path, weight in dense.items():
                 layers[path].weight = weight
-        pairs = zip(outputs, reference, strict=True)
-        lost = sum(float((one - other).astype(mx.float32).square().sum()) for one, other in pairs)
         return lost if math.isfinite(lost) else math.inf
 
-    def _clip(self, x: Mapping[str, mx.array], search_steps: int) -> None:
+    def _clip(self, x: Mapping[str, _LayerInputs], search_steps: int) -> None:
         """Clip the weights of the block's layers where that reduces the error of their products."""
         from mlx_lm.quant.awq import search_best_clip
 
         layers = weighted(self._block)
         for path, setting in self._settings.items():
             weight = layers[path].weight
-            is_product = path in x and x[path].shape[-1] == weight.shape[-1]
-            if not is_product or any(word in path.rpartition(".")[2] for word in _NOT_CLIPPED):
+            if path not in x or any(word in path.rpartition(".")[2] for word in _NOT_CLIPPED):
                 continue
-            rows = SimpleNamespace(weight=weight, input_feat=x[path].reshape(1, -1, weight.shape[-1]))
             clipped = search_best_clip(
-                rows,
+                SimpleNamespace(weight=weight, input_feat=x[path].samples[None]),
                 quantize_func=lambda part, setting=setting: round_trip(part, setting),
                 group_size=setting.group_size,
                 n_grid=search_steps,
             )
             layers[path].weight = clipped.astype(weight.dtype)
+
+
+def _smallest_module(paths: Sequence[str], calls: Mapping[str, Noted]) -> str:
+    """Return the path of the smallest module that contains some layers and was called once; empty for the block."""
+    path = os.path.commonpath([one.replace(".", "/") for one in paths]).replace("/", ".")
+    while path and path not in calls:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _is_product(x: Any, weight: mx.array) -> bool:
+    """Return whether a layer multiplies its input, x, (..., D), by a weight, (..., D)."""
+    return isinstance(x, mx.array) and mx.issubdtype(x.dtype, mx.floating) and x.shape[-1] == weight.shape[-1]
+
+
+def _squared_error(outputs: Iterable[mx.array], exact: Iterable[mx.array]) -> float:
+    pairs = zip(outputs, exact, strict=True)
+    return sum(float((one - other).astype(mx.float32).square().sum()) for one, other in pairs)

@@ -159,9 +159,9 @@ def awq(
     Args:
         model: dense, in eval mode; norms and weights of its blocks are changed in place, and then lie in files.
         plan: module path to setting; layers that are not in it stay dense.
-        tokens: (R, L) ids to calibrate on; the activations of a block on all of them are held in memory.
+        tokens: (R, L) ids to calibrate on; the hidden states of one block on all of them are held in memory.
         search_steps: number of scales to try for each group of layers.
-        folder: for codes and weights, which are read when they are used.
+        folder: for codes and weights, which are read when they are used, and for the inputs of one block.
         key: of the table with the settings, for messages.
 
     Raises:
@@ -180,7 +180,7 @@ def awq(
             _store(modules[block], _scaled_file(folder, block))
             watch(block)
 
-        scale_and_clip(model, plan, tokens, search_steps=search_steps, watch=finished)
+        scale_and_clip(model, plan, tokens, search_steps=search_steps, folder=folder / "inputs", watch=finished)
     for path in (path for path in plan if path not in packed):
         packed |= stored.kept({path: pack(modules[path].weight, plan[path])})
     return packed

@@ -97,7 +97,7 @@ def work_of(
     row_tokens: int,
     num_rows: int,
     validation_rows: int,
-    holds_model: bool = False,
+    is_unusual: bool = False,
 ) -> QuantizationWork:
     """Return the work of a request.
 
@@ -107,7 +107,7 @@ def work_of(
         row_tokens: tokens of a row, L.
         num_rows: training rows.
         validation_rows: on which the result is measured.
-        holds_model: whether the method learns the whole model at once, since its blocks are unusual; "gptq" alone can.
+        is_unusual: whether the blocks of the model cannot be computed one by one; see `held_models`.
     """
     tokens = min(request.calibration_rows, num_rows) * row_tokens
     one_pass = 2.0 * shape.parameters * tokens
@@ -121,14 +121,46 @@ def work_of(
         )
         operations += pairs * (trial + shape.parameters * _ROUNDING) + 6.0 * one_pass + (own + one_pass)
     held = max(
-        _learning_bytes(request, shape, tokens, row_tokens), _measuring_bytes(shape, validation_rows * row_tokens)
+        _learning_bytes(request, shape, tokens, row_tokens),
+        _measuring_bytes(shape, validation_rows * row_tokens),
+        *held_models(request, shape, row_tokens=row_tokens, tokens=tokens, is_unusual=is_unusual).values(),
     )
-    return QuantizationWork(operations, max(held, whole_gptq_bytes(shape)) if holds_model else held)
+    return QuantizationWork(operations, held)
 
 
-def whole_gptq_bytes(shape: ModelShape) -> float:
-    """Return about the bytes that GPTQ holds if it learns a whole model at once: weights, Hessians and codes."""
-    return shape.num_bytes + 4.0 * shape.square_widths + shape.parameters + 16.0 * shape.largest
+def held_models(
+    request: QuantizationRequest, shape: ModelShape, *, row_tokens: int, tokens: int, is_unusual: bool
+) -> dict[str, float]:
+    """Return the parts of a request that hold all layers of a model at once, and about the bytes that each takes.
+
+    Args:
+        request: method, settings and limits.
+        shape: of the model.
+        row_tokens: tokens of a row, L.
+        tokens: of the calibration rows.
+        is_unusual: whether the blocks cannot be computed one by one: then "gptq" and the costs for a budget do so.
+
+    Returns:
+        bytes by part: "gptq", "budget", "dwq", "scale_steps", "scales" or "qat".
+    """
+    found: dict[str, float] = {}
+    if is_unusual and request.method == "gptq":  # weights, Hessians and codes
+        found["gptq"] = shape.num_bytes + 4.0 * shape.square_widths + shape.parameters + 16.0 * shape.largest
+    if is_unusual and request.budget is not None:
+        activations = shape.num_blocks * _activation_bytes(shape, row_tokens, row_tokens)
+        found["budget"] = _GRADIENT_SUMS * shape.parameters + activations + 16.0 * row_tokens * shape.vocab_size
+    if request.method == "dwq":
+        found["dwq"] = _tuning_bytes(shape, _DWQ_ROWS * row_tokens, row_tokens)
+    if request.method == "block" and request.scale_steps:
+        found["scale_steps"] = _tuning_bytes(shape, min(TOKENS_PER_STEP, tokens), row_tokens)
+    if request.training is not None:
+        positions = request.training.settings.batch_size * row_tokens
+        if request.training.trains == "scales":
+            found["scales"] = _tuning_bytes(shape, positions, row_tokens)
+        else:
+            activations = 64.0 * positions * shape.hidden_size * shape.num_blocks
+            found["qat"] = _TRAINING * shape.parameters + 16.0 * positions * shape.vocab_size + activations
+    return found
 
 
 def _method_operations(
@@ -151,33 +183,23 @@ def _method_operations(
 
 
 def _learning_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, row_tokens: int) -> float:
-    """Return about the bytes of arrays that a method holds together at most."""
+    """Return about the bytes of arrays that a method holds together at most, where it needs one block at a time."""
     item = shape.num_bytes / max(1, shape.parameters)
     block, hidden = shape.blocks / shape.num_blocks, item * tokens * shape.hidden_size
     outside = shape.num_bytes * (1 - shape.blocks / max(1, shape.parameters))
-    step_tokens = min(TOKENS_PER_STEP, tokens)
-    step = _activation_bytes(shape, step_tokens, row_tokens)
+    step = _activation_bytes(shape, min(TOKENS_PER_STEP, tokens), row_tokens)
     of_method = {
         "rtn": 8.0 * shape.largest,
         "gptq": outside + 2 * hidden + item * block + _hessian_bytes(shape),
-        "awq": outside + 16 * block + item * tokens * (4 * shape.widest + 18 * shape.hidden_size),
-        "dwq": _tuning_bytes(shape, _DWQ_ROWS * row_tokens, row_tokens),
+        # the search for groups, in fp32; and the inputs and outputs of all layers on a slice
+        "awq": outside + hidden + max((2 * item + 9) * block + step / 4, 1.6 * item * block + 0.8 * step),
         "block": max(_BLOCK_TRAINING * block + step, 26.0 * min(shape.largest, 1 << 24) + 2 * outside),
-        "qat": 0.0,
-    }[request.method]
+    }.get(request.method, 0.0)
     if request.rotations:  # the rounded model is measured
         of_method = max(of_method, _measuring_bytes(shape, tokens) + _CODES * shape.parameters)
     if request.budget is not None:  # gradients of a block, or of the largest layer outside of the blocks
         one = max(block, outside / item)
         of_method = max(of_method, _GRADIENT_SUMS * one + _activation_bytes(shape, row_tokens, row_tokens))
-    if request.method == "block" and request.scale_steps:
-        of_method = max(of_method, _tuning_bytes(shape, step_tokens, row_tokens))
-    if request.training is not None:
-        positions = request.training.settings.batch_size * row_tokens
-        if request.training.trains == "scales":
-            return _tuning_bytes(shape, positions, row_tokens)
-        activations = 64.0 * positions * shape.hidden_size * shape.num_blocks
-        of_method = _TRAINING * shape.parameters + 16.0 * positions * shape.vocab_size + activations
     return of_method
 
 

@@ -6,7 +6,7 @@ runs of the same method are predicted with it; the first one has a wide interval
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from mlxflow.quantization.block_calls import find_blocks, kind_of_model
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.quantization.work_counts import ModelShape, whole_gptq_bytes, work_of
+from mlxflow.quantization.work_counts import ModelShape, held_models, work_of
 from mlxflow.quantization.work_records import WorkRecord, read_records, write_records
 from mlxflow.storage.run_context import Context
 from mlxflow.training.progress import duration
@@ -110,7 +110,7 @@ def announced(
         row_tokens=length,
         num_rows=num_rows,
         validation_rows=validation_rows,
-        holds_model=bool(unusual),
+        is_unusual=bool(unusual),
     )
     dtype = next((layer.weight.dtype for layer in quantizable_layers(dense.model).values()), mx.float32)
     if request.method == "block" and mx.default_device() == mx.cpu:
@@ -121,8 +121,10 @@ def announced(
     records = read_records(file)
     own = records.get(name, [])
     terminal.say(described(kind, counted, work.held_bytes, own, task=context.task))
-    if unusual:
-        terminal.say(f"{context.task}: {unusual}; that takes {whole_gptq_bytes(shape) / 1e9:.2g} GB")
+    tokens_read = min(request.calibration_rows, num_rows) * length
+    held = held_models(request, shape, row_tokens=length, tokens=tokens_read, is_unusual=bool(unusual))
+    for line in _held_lines(held, unusual, task=context.task):
+        terminal.say(line)
     is_resumed = context.unfinished.is_dir() and any(context.unfinished.iterdir())
     begin = time.perf_counter()
     with phase_peaks.followed() as peak:
@@ -133,12 +135,37 @@ def announced(
 
 
 def _unusual_blocks(request: QuantizationRequest, model: nn.Module, context_length: int) -> str:
-    """Return why a method holds the whole model, in words; empty if it does not."""
-    found = find_blocks(model, context_length=context_length) if request.method == "gptq" else None
+    """Return why a part of a request cannot compute blocks one by one, in words; empty if it can, or needs not to."""
+    needs_blocks = request.method == "gptq" or request.budget is not None
+    found = find_blocks(model, context_length=context_length) if needs_blocks else None
     if not isinstance(found, str):
         return ""
-    what = "the whole dense model and the Hessians of all its layers"
-    return f"gptq holds {what}, since {kind_of_model(model)} cannot be learned block by block: it has {found}"
+    return f"since {kind_of_model(model)} cannot be computed block by block: it has {found}"
+
+
+# What a part of a request holds of a whole model, see `held_models`; and why, where the blocks are not the reason
+_HELD = {
+    "gptq": "gptq holds the whole dense model and the Hessians of all its layers",
+    "budget": "the costs for a budget hold the whole dense model and gradients of all its weights",
+    "dwq": "dwq holds the whole quantized model with gradients and averages of its scales",
+    "scale_steps": "scale_steps hold the whole quantized model with gradients and averages of its scales",
+    "scales": 'training = "scales" holds the whole quantized model with gradients and averages of its scales',
+    "qat": "qat holds the whole dense model with gradients and averages of what it trains",
+}
+_TRAINS = "since it trains all layers at once"
+
+
+def _held_lines(held: Mapping[str, float], unusual: str, *, task: str) -> Iterator[str]:
+    """Yield a line for each part of a request that holds a whole model.
+
+    Args:
+        held: bytes by part.
+        unusual: why blocks cannot be computed one by one, in words.
+        task: the stage.
+    """
+    for part, size in held.items():
+        why = unusual if part in ("gptq", "budget") else _TRAINS
+        yield f"{task}: {_HELD[part]}, {why}; that takes about {size / 1e9:.2g} GB"
 
 
 def kind_of(request: QuantizationRequest) -> str:

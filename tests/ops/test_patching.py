@@ -4,9 +4,11 @@ import ast
 import functools
 import importlib
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -92,7 +94,8 @@ def _noting_body(model: nn.Module) -> Block:
 
 
 def _learn(model: nn.Module) -> None:
-    scale_and_clip(model, _plan(model), TOKENS, search_steps=2, watch=lambda _: None)
+    with tempfile.TemporaryDirectory() as folder:
+        scale_and_clip(model, _plan(model), TOKENS, search_steps=2, folder=Path(folder) / "a", watch=lambda _: None)
 
 
 ATTENTION = "mlx.core.fast.scaled_dot_product_attention"
@@ -224,7 +227,7 @@ CALLS: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
         {"class of mlx_lm.models.llama.LlamaModel", f"class of {LAYERS}.linear.Linear"},
     ),
     (
-        "mlxflow.quantization.awq",
+        "mlxflow.quantization.block_slices",
         _learn,
         {"class of mlx_lm.models.llama.TransformerBlock"},
     ),

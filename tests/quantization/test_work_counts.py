@@ -6,7 +6,7 @@ from mlxflow.quantization.bit_allocation import BudgetRequest
 from mlxflow.quantization.quality import QualityLimits
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.settings import Setting
-from mlxflow.quantization.work_counts import ModelShape, whole_gptq_bytes, work_of
+from mlxflow.quantization.work_counts import ModelShape, held_models, work_of
 from tests.small_models import llama
 
 
@@ -33,9 +33,9 @@ def request_of(method: str, **changes: Any) -> QuantizationRequest:
     )._replace(**changes)
 
 
-def _work(method: str, *, holds_model: bool = False, **changes: Any) -> Any:
+def _work(method: str, *, is_unusual: bool = False, **changes: Any) -> Any:
     sizes = {"row_tokens": 32, "num_rows": 64, "validation_rows": 8}
-    return work_of(request_of(method, **changes), _shape(), holds_model=holds_model, **sizes)
+    return work_of(request_of(method, **changes), _shape(), is_unusual=is_unusual, **sizes)
 
 
 def test_the_sizes_are_those_of_the_model() -> None:
@@ -72,7 +72,27 @@ def test_held_memory_follows_one_block_and_not_their_number() -> None:
         assert held[1] == pytest.approx(held[0], rel=0.01), method
 
 
-def test_a_model_that_gptq_learns_as_a_whole_is_counted_with_all_hessians() -> None:
-    usual, whole = (_work("gptq", holds_model=holds) for holds in (False, True))
-    assert whole.held_bytes >= usual.held_bytes
-    assert whole_gptq_bytes(_shape()) > _shape().num_bytes + 4 * _shape().square_widths
+def test_parts_that_hold_a_whole_model_are_counted_with_all_its_layers() -> None:
+    def held(method: str, *, is_unusual: bool = False, **changes: Any) -> dict[str, float]:
+        sizes = {"row_tokens": 32, "tokens": 512}
+        return held_models(request_of(method, **changes), _shape(), is_unusual=is_unusual, **sizes)
+
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+    assert held("rtn", is_unusual=True) == held("gptq", budget=budget) == held("block") == {}
+    assert held("gptq", is_unusual=True)["gptq"] > _shape().num_bytes + 4 * _shape().square_widths
+    assert held("rtn", is_unusual=True, budget=budget)["budget"] > 3 * _shape().num_bytes
+    assert list(held("gptq", is_unusual=True, budget=budget)) == ["gptq", "budget"]
+    assert list(held("dwq")) == ["dwq"]
+    assert list(held("block", scale_steps=3)) == ["scale_steps"]
+    for method, changes in (("gptq", {}), ("rtn", {"budget": budget})):
+        usual, whole = (_work(method, is_unusual=one, **changes).held_bytes for one in (False, True))
+        assert whole >= usual
+        assert whole >= max(held(method, is_unusual=True, **changes).values())
+
+
+def test_awq_grows_with_the_rows_by_hidden_states_alone() -> None:
+    few, many = (
+        work_of(request_of("awq", rows=rows), _shape(), row_tokens=2048, num_rows=rows, validation_rows=0).held_bytes
+        for rows in (64, 128)
+    )
+    assert many - few == pytest.approx(64 * 2048 * _shape().hidden_size * 4, rel=0.02)

@@ -1,7 +1,10 @@
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from benchmarks.quantization_forecast import forecast_seconds
 from mlxflow.quantization import block_calls
 from mlxflow.quantization.bit_allocation import BudgetRequest
 from mlxflow.quantization.work_forecast import described, kind_of, operations_per_second, predicted
@@ -36,6 +39,16 @@ def test_the_line_says_where_the_figures_are_from() -> None:
     )
 
 
+def test_the_benchmark_reads_the_seconds_of_a_forecast() -> None:
+    assert forecast_seconds(described("gptq", 40.0, 2e9, [], task="quantize:a")) == (100, 33, 300)
+    assert forecast_seconds(described("gptq", 4000.0, 2e9, [], task="q")) == (
+        2 * 3600 + 46 * 60,
+        55 * 60 + 33,
+        8 * 3600 + 20 * 60,
+    )
+    assert forecast_seconds(described("rtn", 0.01, 1e5, [], task="quantize")) == (0, 0, 1)
+
+
 def test_runs_of_one_kind_predict_each_other() -> None:
     budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
     assert kind_of(request_of("rtn")) == "rtn"
@@ -47,17 +60,60 @@ def test_the_trial_counts_products() -> None:
     assert 0 < operations_per_second(64, mx.float32) < np.inf
 
 
-def test_gptq_says_why_it_holds_a_whole_model_and_the_forecast_counts_it(
-    job: Job, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+_UNUSUAL = (
+    "since llama cannot be computed block by block: it has blocks that are called more than once, or not at all; "
+    "that takes about 0.0"
+)
+_SCALES = "the whole quantized model with gradients and averages of its scales, since it trains all layers at once"
+
+
+@pytest.mark.parametrize(
+    ("table", "is_unusual", "lines"),
+    [
+        (
+            {"method": "gptq"},
+            True,
+            ["gptq holds the whole dense model and the Hessians of all its layers, " + _UNUSUAL],
+        ),
+        (
+            {"target_bits_per_weight": 3.6, "candidate_bits": [2, 4], "candidate_group_sizes": [64]},
+            True,
+            ["the costs for a budget hold the whole dense model and gradients of all its weights, " + _UNUSUAL],
+        ),
+        ({"method": "dwq"}, False, [f"dwq holds {_SCALES}"]),
+        pytest.param(
+            {"method": "block", "block_steps": 0, "scale_steps": 1},
+            False,
+            [f"scale_steps hold {_SCALES}"],
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param(
+            {"method": "qat", "num_steps": 1, "training": "scales", "batch_size": 4},
+            False,
+            [f'training = "scales" holds {_SCALES}'],
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param({"method": "awq"}, True, [], marks=pytest.mark.matrix),
+    ],
+)
+def test_a_part_that_holds_a_whole_model_says_so_before_the_start_and_the_forecast_counts_it(
+    table: dict[str, Any],
+    is_unusual: bool,
+    lines: list[str],
+    job: Job,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(block_calls, "_problem", lambda *_: "blocks that are called more than once, or not at all")
-    job.run(method="gptq", bits=4, calibration_rows=8, max_validation_rows=8)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "whole" in line]
-    assert lines[0].startswith("quantize: gptq of a whole model will take ")
-    assert lines[1].startswith(
-        "quantize: gptq holds the whole dense model and the Hessians of all its layers, since llama cannot be learned "
-        "block by block: it has blocks that are called more than once, or not at all; that takes 0.0"
-    )
+    if is_unusual:
+        monkeypatch.setattr(block_calls, "_problem", lambda *_: "blocks that are called more than once, or not at all")
+    job.run(bits=4, calibration_rows=8, max_validation_rows=8, **table)
+    output = capfd.readouterr().err.splitlines()
+    found = [line for line in output if " whole " in line and " take " not in line]
+    assert len(found) == len(lines)
+    for line, begin in zip(found, lines, strict=True):
+        assert line.startswith(f"quantize: {begin}")
+    if is_unusual and lines:
+        assert any(" of a whole model will take " in line for line in output[: output.index(found[0])])
 
 
 @pytest.mark.matrix
