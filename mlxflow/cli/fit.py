@@ -57,6 +57,8 @@ def fit(workflow: Workflow, stage: Stage, *, batch_sizes: Sequence[int], context
         raise CallError(f"fit: {wrong[0]}: expected a number of at least 1. Use one such as 32.")
     from mlxflow.device import cpu_backend
 
+    if workflow.settings.threads:
+        cpu_backend.fix_threads(workflow.settings.threads, key="workflow.threads")
     cpu_backend.prepare()
     inputs = rooted(stage.inputs, workflow.root)
     if stage.name == "train":
@@ -73,8 +75,10 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     """Print what a training will take."""
     from mlxflow.data.token_file import TokenFile
     from mlxflow.device import compute_device, cpu_backend
+    from mlxflow.distributed.rank import of_this_process
     from mlxflow.stages import train
     from mlxflow.training.forecast import forecast
+    from mlxflow.workflow.execution import limit_memory
 
     for path in (inputs.train, inputs.validation, *inputs.tokenizer):
         if not path.exists():
@@ -82,20 +86,24 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     chosen = compute_device.select(workflow.settings.device, key="workflow.device")
     if chosen == "cpu":
         cpu_backend.prepare_compiler()
-    limit = compute_device.parse_size(workflow.settings.memory_limit, compute_device.working_set_bytes())
+    limit = limit_memory(workflow, of_this_process())
     context = _context(workflow, stage, chosen, limit)
+    compute_device.bound_graphs(recomputes=stage.config.checkpointing != "none")  # type: ignore[attr-defined]
     with remote_code.trusting_code(workflow.trusts_code(stage)):
         request, tokens, _, _ = train.table_job(stage.config, inputs, context)  # type: ignore[arg-type]
         expected = forecast(request, tokens, TokenFile.open(inputs.validation).rows, context)
     if expected.peak_bytes is None:
         write_markdown(
-            f"{stage.task}: does not fit: a quarter of a pass of {expected.tokens:,} tokens ends in an error\n"
+            f"{stage.task}: does not fit: a quarter of a pass of {expected.tokens:,} tokens ends in an error. "
+            f"{expected.advice}\n"
         )
         return
-    fits = "fits" if expected.peak_bytes <= limit else "does not fit"
+    fits = expected.peak_bytes <= limit
+    judged, advice = ("fits", "") if fits else ("does not fit", f"{expected.advice}\n")
     write_markdown(
-        f"{stage.task}: {fits}: {expected.peak_bytes / 1e6:,.1f} MB in a pass of {expected.tokens:,} tokens; "
+        f"{stage.task}: {judged}: {expected.peak_bytes / 1e6:,.1f} MB in a pass of {expected.tokens:,} tokens; "
         f"limit {limit / 1e6:,.0f} MB\n"
+        f"{advice}"
         f"{expected.seconds.steps:,} steps: {_described(expected.seconds)}\n"
         + (f"checkpointing: {expected.note}\n" if expected.note else "")
     )

@@ -4,7 +4,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mlxflow.profiling.step_memory import Peaks, ProfiledModel, predict
-from mlxflow.training.settings import TrainingSettings
+from mlxflow.training.settings import Recomputation, TrainingSettings
+
+# What each kind of gradient checkpointing costs
+_RECOMPUTING = {
+    "layers": "layers are computed twice, about a third more time",
+    "pairs": "every second layer is computed once more, about a tenth more time",
+}
 
 # Suggestions that save less than this share of the total are left out
 _WORTH_SHARE = 0.02
@@ -78,9 +84,8 @@ def _candidates(settings: TrainingSettings, situation: Situation) -> Iterator[tu
         yield "batch_size", size // 2, halved, f"with grad_accum_steps = {2 * passes} an update sums the same rows"
     if not settings.fused_loss:
         yield "fused_loss", True, settings.replace(fused_loss=True), "the logits of all tokens are never held at once"
-    if not settings.checkpoint_every:
-        checkpointed = settings.replace(checkpoint_every=1)
-        yield "checkpointing", "layers", checkpointed, "layers are computed twice, about a third more time"
+    if following := Recomputation.in_use(settings).following:
+        yield "checkpointing", following, Recomputation.of(following).applied_to(settings), _RECOMPUTING[following]
     if passes > 1:
         yield "grad_accum_steps", 1, settings.replace(grad_accum_steps=1), "an update then sums fewer rows"
     if situation.is_gpu and settings.precision == "fp32":

@@ -73,7 +73,8 @@ def aware_training(config: Any, context: Context, num_rows: int, *, memory_key: 
         num_rows: of the training file.
         memory_key: the setting of the memory limit, for messages.
     """
-    names = SettingNames.of_stage(context.task, config.token_stage, memory_key, has_fused_loss=False)
+    adjustable = frozenset(("checkpointing",))
+    names = SettingNames.of_stage(context.task, config.token_stage, memory_key, adjustable=adjustable)
     config = length.fitted(config, num_rows, key=names.of("batch_size"))
     description = describe(msgspec.to_builtins(config), names, context)
     return AwareTraining(

@@ -7,7 +7,7 @@ from mlxflow.report.formatting import clean, plural, show, show_large
 from mlxflow.report.load_run import LoadedStage, Run
 from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.report.stage_reports.train import TrainReport
-from mlxflow.training.settings import TrainingSettings
+from mlxflow.training.settings import Recomputation, TrainingSettings
 
 _COMMIT_DIGITS = 10
 
@@ -84,5 +84,6 @@ def settings_in_words(settings: TrainingSettings, context_length: int | None) ->
         f"weight decay {settings.weight_decay:g}",
         settings.precision,
         trained,
+        Recomputation.in_use(settings).words,
     )
     return "; ".join(parts)

@@ -319,7 +319,8 @@ def setting_names(config: Config, task: str) -> "SettingNames":
     """Return the names of the settings of a train stage, for messages."""
     from mlxflow.training.settings import SettingNames
 
-    return SettingNames.of_stage(task, config.input, MEMORY_LIMIT_KEY)
+    names = SettingNames.of_stage(task, config.input, MEMORY_LIMIT_KEY)
+    return names.without("checkpointing") if config.checkpointing == "auto" else names
 
 
 def table_job(config: Config, inputs: Inputs, context: Context) -> "TableJob":

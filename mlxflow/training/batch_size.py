@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlxflow.messages.errors import SourceError, WorkflowError
 from mlxflow.messages.os_errors import advise_on
+from mlxflow.training.memory_advice import memory_advice
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
 _NAMES = SettingNames()
@@ -117,7 +118,7 @@ class BatchSizes:
         self._too_large = most + 1
         self._replay = {(one.step, one.reason == "out of memory"): one for one in replay}
         self._is_replaying = bool(self._replay)
-        self._names = names
+        self._settings, self._names = settings, names
         self.size = size
         self.decisions: list[Decision] = []
         self._decide(Decision(0, self._replayed(0, size), "begin", {}))
@@ -192,20 +193,17 @@ class BatchSizes:
             return None
         smaller = [size for size in self._sizes if size < rows]
         if not smaller:
-            raise self._too_little(f"forward passes of {rows} rows, the fewest, ran out of memory")
+            raise self._too_little(rows, "ran out of memory")
         return self._decide(Decision(step, smaller[-1], "out of memory", reading._asdict()))
 
     def too_large(self, needed_bytes: int, limit_bytes: int) -> WorkflowError:
         """Return the error for a memory limit that the smallest batch exceeds."""
-        need = f"need {needed_bytes:,} bytes and may use {limit_bytes:,}"
-        return self._too_little(f"forward passes of {self.size} rows, the fewest, {need}")
+        return self._too_little(self.size, f"need {needed_bytes:,} bytes and may use {limit_bytes:,}")
 
-    def _too_little(self, what: str) -> WorkflowError:
-        names = self._names
-        fused = f" and {names.of('fused_loss')} = true" if names.has_fused_loss else ""
+    def _too_little(self, rows: int, what: str) -> WorkflowError:
+        advice = memory_advice(self._settings, self._names, rows=rows)
         return WorkflowError(
-            f"{names.of('batch_size')}: {what}. Lower {names.of('batch_size')} or {names.context_length}, set "
-            f'{names.of("checkpointing")} = "layers"{fused}, or raise {names.memory_limit}.'
+            f"{self._names.of('batch_size')}: forward passes of {rows} rows, the fewest, {what}. {advice}"
         )
 
     def _decide(self, decision: Decision) -> Decision:

@@ -82,11 +82,9 @@ def choose_checkpointing(
 
 
 def _describe(layers: Recomputation, measured: StepTrial, everything: float, allowed: int) -> str:
-    words = {0: "no layer is recomputed", 1: "every layer is recomputed" + ", in pairs" * (layers.segment == 2)}
-    every = layers.every
     speed = f"{measured.tokens / measured.seconds:,.0f} tokens/s with a peak of {measured.peak_bytes / 1e9:.1f} GB"
-    rest = f"; to keep all activations takes about {everything / 1e9:.1f} GB" if every else ""
-    return f"{words.get(every, f'one of {every} layers is recomputed')}: {speed}, {allowed / 1e9:.1f} GB allowed{rest}"
+    rest = f"; to keep all activations takes about {everything / 1e9:.1f} GB" if layers.every else ""
+    return f"{layers.words}: {speed}, {allowed / 1e9:.1f} GB allowed{rest}"
 
 
 class _ReportedSettings(msgspec.Struct, frozen=True):

@@ -20,7 +20,8 @@ from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.storage.run_context import Context
 from mlxflow.training import build, job
 from mlxflow.training.checkpointing_choice import choose_checkpointing
-from mlxflow.training.memory_forecast import forecast_memory
+from mlxflow.training.memory_advice import memory_advice
+from mlxflow.training.memory_forecast import MemoryForecast, forecast_memory
 from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.step_trials import StepTrial, part_of, try_step
 
@@ -58,12 +59,14 @@ class Forecast(NamedTuple):
         seconds: to the end, without checkpoints and the writing of files.
         tokens: of a pass.
         note: what trials chose; empty if they chose nothing.
+        advice: what to do if it does not fit.
     """
 
     peak_bytes: float | None
     seconds: Seconds
     tokens: int
     note: str = ""
+    advice: str = ""
 
 
 def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Context) -> Forecast:
@@ -90,12 +93,14 @@ def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Con
         settings, note = choice.layers.applied_to(settings), choice.line
         subject = subject._replace(settings=settings)
     count = rows.num_rows * (rows.tokens.shape[1] - 1)
-    traced = _traced_peak(subject, kernels, rows)
-    fits = traced is not None and traced <= context.memory_limit_bytes
+    traced = _traced(subject, kernels, rows)
+    in_validation = traced is not None and traced.is_of_validation
+    advice = memory_advice(settings, subject.names, rows=rows.num_rows, in_validation=in_validation)
+    fits = traced is not None and traced.peak_bytes <= context.memory_limit_bytes
     whole = try_step(subject, kernels, rows) if fits else None
     few, many = (whole, whole) if whole else (try_step(subject, kernels, part_of(rows, share)) for share in (4, 2))
     if few is None:
-        return Forecast(None, Seconds(start_seconds, 0, 0, settings.num_steps, 0, 0), count, note)
+        return Forecast(None, Seconds(start_seconds, 0, 0, settings.num_steps, 0, 0), count, note, advice)
     many = many or few
     pass_seconds = _at(count, few.tokens, few.seconds, many.tokens, many.seconds)
     seconds = Seconds(
@@ -106,7 +111,8 @@ def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Con
         validation=_validation_seconds(subject, validation.head(settings.max_validation_rows)),
         validations=num_validations(settings) + 1,
     )
-    return Forecast(traced or _peak(few, many, count), seconds, count, note)
+    peak = traced.peak_bytes if traced else _peak(few, many, count)
+    return Forecast(peak, seconds, count, note, advice)
 
 
 def num_validations(settings: TrainingSettings) -> int:
@@ -131,13 +137,13 @@ def _validation_seconds(subject: build.Subject, rows: Rows) -> float:
     return seconds * rows.num_rows / some.num_rows
 
 
-def _traced_peak(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> float | None:
+def _traced(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast | None:
     """Return the predicted peak; None if only a bound of it is known, or the model uses what MLX cannot export."""
     try:
         expected = forecast_memory(subject, kernels, rows)
     except (ValueError, RuntimeError):
         return None
-    return None if expected.is_bound else expected.peak_bytes
+    return None if expected.is_bound else expected
 
 
 def _peak(few: StepTrial, many: StepTrial, tokens: int) -> float:

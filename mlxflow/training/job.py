@@ -165,6 +165,7 @@ def prepare(
             fused_loss=job.fused_loss,
             names=names,
         )
+        names = model_choices.adjustable_names(names, settings, start.model, tokens, fused_loss=job.fused_loss)
         subject = build.Subject(start.model, settings, tokens.vocab_size, tokens.context_length, names)
         subject = subject._replace(has_head=settings.fused_loss)  # found for this model
         kernels = kernel_selection.select_kernels(job.kernels, subject, tokens.rows.head(settings.batch_size), ahead)
@@ -173,16 +174,15 @@ def prepare(
 
 def _say_whether_it_fits(subject: build.Subject, kernels: ModelKernels, tokens: TokenFile, context: Context) -> None:
     """Print the predicted peak of a step beside the memory limit; rank 0 does it for all ranks."""
-    rank, names = of_this_process().rank, subject.names
+    rank, rows = of_this_process().rank, tokens.rows.head(subject.settings.batch_size)
     if not rank.is_first or rank.shards_optimizer:  # of shards a rank has a part, which is not predicted
         return
     try:
-        expected = forecast_memory(subject, kernels, tokens.rows.head(subject.settings.batch_size))
+        expected = forecast_memory(subject, kernels, rows)
     except (ValueError, RuntimeError) as error:  # a model of other code may use what MLX cannot export
         line = f"the peak memory of a step is not predicted ({reason_of(error)})"
     else:
-        advice = f'Lower {names.of("batch_size")}, or set {names.of("checkpointing")} = "auto".'
-        line = expected.line(context.memory_limit_bytes, advice=advice)
+        line = expected.line(context.memory_limit_bytes, advice=expected.advice(subject, rows))
     terminal.say(f"{context.task}: {line}")
 
 

@@ -16,6 +16,7 @@ from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.ops.graph_trace import Traced, Value, trace
 from mlxflow.training import build, graph_memory
 from mlxflow.training.graph_memory import Graph
+from mlxflow.training.memory_advice import memory_advice
 from mlxflow.training.precompile import restored
 from mlxflow.training.step import Step
 from mlxflow.training.validation_memory import validation_peak_bytes
@@ -40,6 +41,11 @@ class MemoryForecast(NamedTuple):
     validation_bytes: int = 0
     is_bound: bool = False
 
+    @property
+    def is_of_validation(self) -> bool:
+        """Whether a validation takes more than a step."""
+        return self.validation_bytes >= self.peak_bytes
+
     def line(self, limit_bytes: int, *, advice: str) -> str:
         """Return whether a training fits into the memory, in words.
 
@@ -48,12 +54,21 @@ class MemoryForecast(NamedTuple):
             advice: what to do if it does not.
         """
         step = f"a step with passes of {self.tokens:,} tokens"
-        where = step if self.validation_bytes < self.peak_bytes else f"a validation, which takes more than {step}"
+        where = f"a validation, which takes more than {step}" if self.is_of_validation else step
         about, not_fitting = ("at most", "may not fit") if self.is_bound else ("about", "does not fit")
         peak = f"{about} {_gb(self.peak_bytes)} GB in {where}"
         if self.peak_bytes <= limit_bytes:
             return f"{peak}: fits into the {_gb(limit_bytes)} GB allowed"
         return f"{peak}: {not_fitting} into the {_gb(limit_bytes)} GB allowed. {advice}"
+
+    def advice(self, subject: build.Subject, rows: Rows) -> str:
+        """Return what to do if it does not fit, a sentence.
+
+        Args:
+            subject: of the forecast.
+            rows: see there.
+        """
+        return memory_advice(subject.settings, subject.names, rows=rows.num_rows, in_validation=self.is_of_validation)
 
 
 def _gb(number: int) -> str:

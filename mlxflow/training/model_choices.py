@@ -9,6 +9,7 @@ from mlxflow.messages.errors import WorkflowError
 from mlxflow.ops import document_mask
 from mlxflow.storage.toml_tables import toml_value
 from mlxflow.training import objective
+from mlxflow.training.output_head import find_head
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
 Choice = Literal["auto"] | bool
@@ -44,6 +45,22 @@ def with_model_choices(
         setting=names.of("fused_loss"),
     )
     return settings.replace(masks_documents=_masks(model, tokens, masks_documents, names), fused_loss=fused)
+
+
+def adjustable_names(
+    names: SettingNames, settings: TrainingSettings, model: nn.Module, tokens: TokenFile, *, fused_loss: Choice
+) -> SettingNames:
+    """Return the names of the settings, without the fused loss where the model has none.
+
+    Args:
+        names: of the settings.
+        settings: of the training, as `with_model_choices` returns them.
+        model: to train, without kernels.
+        tokens: to train on.
+        fused_loss: as configured.
+    """
+    was_looked_for = fused_loss == "auto" and not settings.fused_loss
+    return names.without("fused_loss") if was_looked_for and find_head(model, tokens.vocab_size) is None else names
 
 
 def _masks(model: nn.Module, tokens: TokenFile, written: Choice, names: SettingNames) -> bool:

@@ -169,9 +169,32 @@ class Recomputation(NamedTuple):
         every = checkpointing if isinstance(checkpointing, int) else int(checkpointing != "none")
         return cls(every, 2 if checkpointing == "pairs" else 1)
 
+    @classmethod
+    def in_use(cls, settings: TrainingSettings) -> Self:
+        """Return the layers that a training recomputes."""
+        return cls(settings.checkpoint_every, settings.checkpoint_segment)
+
+    @property
+    def words(self) -> str:
+        """Which layers are recomputed, in words."""
+        if self.every == 0:
+            return "no layer is recomputed"
+        which = "every layer is" if self.every == 1 else f"one of {self.every} layers is"
+        segments = {1: "", 2: ", in pairs"}.get(self.segment, f", in segments of {self.segment}")
+        return f"{which} recomputed{segments}"
+
+    @property
+    def following(self) -> str:
+        """What a table's `checkpointing` is set to next to hold less memory: "layers", "pairs", or "" after that."""
+        return {self.of("layers"): "pairs", self.of("pairs"): ""}.get(self, "layers")
+
     def applied_to(self, settings: TrainingSettings) -> TrainingSettings:
         """Return settings of a training that recomputes these layers."""
         return settings.replace(checkpoint_every=self.every, checkpoint_segment=self.segment)
+
+
+#: Settings that save memory, by which advice is given.
+_SAVING = frozenset(("checkpointing", "fused_loss", "precision", "optimizer"))
 
 
 class SettingNames(NamedTuple):
@@ -181,7 +204,7 @@ class SettingNames(NamedTuple):
         table: of the settings of training, such as "train" or "quantize:q4"; empty for a call from Python.
         context_length: of the tokens.
         memory_limit: of MLX.
-        has_fused_loss: whether the table has a setting `fused_loss`.
+        adjustable: settings that may be advised to save memory: those of the table that are not chosen by trials.
         packing: of documents into rows of tokens.
         sources: of the text.
         tokenizer: of the text.
@@ -190,23 +213,27 @@ class SettingNames(NamedTuple):
     table: str = ""
     context_length: str = "context_length"
     memory_limit: str = "memory_limit_bytes"
-    has_fused_loss: bool = True
+    adjustable: frozenset[str] = _SAVING
     packing: str = "packing"
     sources: str = "sources"
     tokenizer: str = "tokenizer.from"
 
     @classmethod
-    def of_stage(cls, task: str, tokens: str, memory_limit: str, *, has_fused_loss: bool = True) -> Self:
+    def of_stage(cls, task: str, tokens: str, memory_limit: str, *, adjustable: frozenset[str] = _SAVING) -> Self:
         """Return the names of the settings of a stage or variant in a workflow.
 
         Args:
             task: the stage or variant that trains.
             tokens: the one that makes its tokens.
             memory_limit: see the attribute.
-            has_fused_loss: see the attribute.
+            adjustable: see the attribute.
         """
         length, packing, sources = f"{tokens}.context_length", f"{tokens}.packing", f"{tokens}.sources"
-        return cls(task, length, memory_limit, has_fused_loss, packing, sources, f"{tokens}.tokenizer.from")
+        return cls(task, length, memory_limit, adjustable, packing, sources, f"{tokens}.tokenizer.from")
+
+    def without(self, setting: str) -> Self:
+        """Return the same names, with a setting that is not adjustable."""
+        return self._replace(adjustable=self.adjustable - {setting})
 
     def of(self, setting: str) -> str:
         """Return the name of a setting of training."""

@@ -129,9 +129,16 @@ def test_settings_already_in_use_are_not_suggested() -> None:
             seen.add(one.name)
             assert one.value != in_force.get(one.name), one
             assert one.name != "batch_size" or one.value < trained_size, "more rows save nothing"
-            assert one.name != "checkpointing" or every == 0
+            assert one.name != "checkpointing" or one.value == ("pairs" if every == 1 else "layers")
             assert one.name != "cache_limit" or int(one.value.removesuffix(" MiB")) << 20 < 1 << 28
     assert seen == {*_in_force(SETTINGS, "", 0), "cache_limit"}, "each was suggested somewhere"
+
+
+def test_nothing_more_is_recomputed_than_all_layers_in_pairs() -> None:
+    situation = _situation(Peaks(1e9, 1e6))
+    settings = SETTINGS.replace(checkpoint_every=1, checkpoint_segment=2)
+    found = suggest(ProfiledModel(Path(), "", 1, 1, 0), settings, situation, predicts=lambda *_: Peaks(1e6, 1e6))
+    assert "checkpointing" not in {one.name for one in found}
 
 
 def test_a_suggested_cache_limit_saves_what_was_predicted() -> None:

@@ -3,10 +3,11 @@
 import tomllib
 from pathlib import Path
 
+import pytest
 import tomli_w
 
 from mlxflow.report.facts import Fact, facts, settings_in_words
-from mlxflow.training.settings import AdapterShape, TrainingSettings
+from mlxflow.training.settings import AdapterShape, Recomputation, TrainingSettings
 from tests.report.runs import edit, read
 
 
@@ -26,7 +27,7 @@ def test_date_commit_size_and_settings_of_a_run(root: Path) -> None:
         Fact(
             "Settings",
             "learning rate 0.015 (cosine, 20 steps of warm-up); 32 rows of 64 tokens a step; adamw; weight decay 0.1; "
-            "fp32; all weights",
+            "fp32; all weights; no layer is recomputed",
         ),
     ]
 
@@ -42,5 +43,19 @@ def test_adapters_are_named_by_method_and_rank() -> None:
     settings = TrainingSettings(adapters=shape, learning_rate=1e-4, grad_accum_steps=2, precision="bf16")
     assert settings_in_words(settings, None) == (
         "learning rate 0.0001 (cosine, 20 steps of warm-up); 64 rows a step; adamw; weight decay 0.1; bf16; "
-        "LoRA of rank 8"
+        "LoRA of rank 8; no layer is recomputed"
     )
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "words"),
+    [
+        ("none", "no layer is recomputed"),
+        ("layers", "every layer is recomputed"),
+        ("pairs", "every layer is recomputed, in pairs"),
+        (4, "one of 4 layers is recomputed"),
+    ],
+)
+def test_what_is_recomputed_is_said_in_words(checkpointing: str | int, words: str) -> None:
+    settings = Recomputation.of(checkpointing).applied_to(TrainingSettings())
+    assert settings_in_words(settings, None).endswith(f"; all weights; {words}")

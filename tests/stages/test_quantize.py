@@ -217,9 +217,12 @@ def test_out_of_memory_in_qat_names_the_keys_of_quantize(job: Job, monkeypatch: 
     (line,) = job.problems(WorkflowError, method="qat", num_steps=2, batch_size=2)
     assert re.sub(r"[\d,]{4,}", "N", line) == (
         "quantize.batch_size: forward passes of 1 rows, the fewest, need N bytes and may use N. Lower "
-        'quantize.batch_size or pretokenize.context_length, set quantize.checkpointing = "layers", or raise '
-        "workflow.memory_limit."
+        'pretokenize.context_length, set quantize.checkpointing = "layers", or raise workflow.memory_limit.'
     )
+    (line,) = job.problems(WorkflowError, method="qat", num_steps=2, batch_size=2, checkpointing="layers")
+    assert line.endswith(' set quantize.checkpointing = "pairs", or raise workflow.memory_limit.')
+    (line,) = job.problems(WorkflowError, method="qat", num_steps=2, batch_size=2, checkpointing="pairs")
+    assert line.endswith(" Lower pretokenize.context_length, or raise workflow.memory_limit.")
     assert not job.artifact.exists()
 
 

@@ -83,6 +83,12 @@ def test_out_of_memory_shrinks_to_the_minimum_and_then_reports_the_needed_bytes(
         "Lower train.batch_size or pretokenize.context_length, set "
         'train.checkpointing = "layers" and train.fused_loss = true, or raise workflow.memory_limit.'
     )
+    sizes = _sizes(batch_size=1, max_batch_size=1, grad_accum_steps=1, checkpoint_every=1, fused_loss=True)
+    with pytest.raises(WorkflowError) as caught:
+        sizes.run_out(7, _reading(0.9), 1_500_000_000)
+    assert str(caught.value).endswith(
+        'Lower pretokenize.context_length, set train.checkpointing = "pairs", or raise workflow.memory_limit.'
+    )
 
 
 def test_a_size_that_ran_out_of_memory_in_an_earlier_start_is_avoided_from_then_on() -> None:

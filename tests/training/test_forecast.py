@@ -7,7 +7,7 @@ from mlxflow.data.token_file import Rows
 from mlxflow.training import forecast, job
 from mlxflow.training.forecast import Seconds, _at, _peak, num_validations
 from mlxflow.training.memory_forecast import MemoryForecast
-from mlxflow.training.settings import TrainingSettings
+from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.step_trials import StepTrial, _num_ahead
 
 
@@ -66,7 +66,7 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
         seconds = {8: 3.0, 4: 1.5, 2: 1.0}[some.num_rows]  # of parts a line gives 2.5 for all rows
         return StepTrial(4 * some.num_rows, 100 * some.num_rows, 50, seconds, 1.0, first_seconds=2.0)
 
-    subject = _Stand(settings=settings, model=None)
+    subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
     monkeypatch.setattr(job, "prepare", lambda *_: (None, subject, None))
     monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(traced, 32, is_bound=is_bound))
     monkeypatch.setattr(forecast, "try_step", try_step)
@@ -77,6 +77,10 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     expected = forecast.forecast(request, tokens, rows, context)
     assert trials == tried
     assert expected.peak_bytes == peak
+    assert expected.advice == (
+        'Lower train.batch_size or context_length, set train.checkpointing = "layers" and train.fused_loss = true, or '
+        "raise memory_limit_bytes."
+    )
     seconds = expected.seconds
     assert seconds.step == pytest.approx(step)
     assert (seconds.steps, seconds.first_step) == (10, 2.0)

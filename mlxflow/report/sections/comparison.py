@@ -14,6 +14,7 @@ from mlxflow.report.stage_reports.quantize import QuantizeReport
 from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.storage import layout
 from mlxflow.storage.toml_tables import toml_value
+from mlxflow.training.settings import Recomputation
 
 _LONGEST_VALUE = 200
 
@@ -119,11 +120,14 @@ def _differences(runs: Sequence[Run]) -> list[Block]:
 
 
 def _settings(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield every setting of every stage of a lock, by its dotted name."""
+    """Yield every setting of every stage of a lock, by its dotted name, and what a training chose by trials."""
     for task, made in run.lock.items():
         if isinstance(made, dict):
             yield from _flat(clean(task), made.get("config", {}))
             yield from ((f"{clean(task)}: {key}", toml_value(made[key])) for key in _MADE_BY if key in made)
+    for one in run.stages:
+        if (trained := one.figures(TrainReport)) is not None:
+            yield f"{clean(one.task)}: recomputed layers", Recomputation.in_use(trained.settings).words
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -54,6 +55,21 @@ def test_the_settings_that_differ_are_listed_and_no_others(three: list[Run]) -> 
     table = _table(three, "Settings that differ")
     assert list(table.rows) == [("train.learning_rate", "0.01", "0.02", "0.01")]
     assert Text("All settings of these runs are equal.") in section([three[0], three[2]]).blocks
+
+
+def test_the_layers_that_trials_chose_differ_though_their_setting_is_the_same(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tight"
+    shutil.copytree(root, folder)
+
+    def choose_pairs(report: dict[str, Any]) -> None:
+        report["settings"].update(checkpoint_every=1, checkpoint_segment=2)
+
+    edit(folder, "train", choose_pairs)
+    runs = [read(root, label="A: run"), read(folder, label="B: tight")]
+    assert list(_table(runs, "Settings that differ").rows) == [
+        ("train: recomputed layers", "no layer is recomputed", "every layer is recomputed, in pairs")
+    ]
+    assert _table(runs, "Each run").rows[-1][2].endswith("every layer is recomputed, in pairs")
 
 
 def test_a_run_without_a_lock_is_named(three: list[Run]) -> None:
