@@ -75,7 +75,6 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     """Print what a training will take."""
     from mlxflow.data.token_file import TokenFile
     from mlxflow.device import compute_device, cpu_backend
-    from mlxflow.distributed.rank import of_this_process
     from mlxflow.stages import train
     from mlxflow.training.forecast import forecast
     from mlxflow.workflow.execution import limit_memory
@@ -86,7 +85,7 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     chosen = compute_device.select(workflow.settings.device, key="workflow.device")
     if chosen == "cpu":
         cpu_backend.prepare_compiler()
-    limit = limit_memory(workflow, of_this_process())
+    limit = limit_memory(workflow)
     context = _context(workflow, stage, chosen, limit)
     compute_device.bound_graphs(recomputes=stage.config.checkpointing != "none")  # type: ignore[attr-defined]
     with remote_code.trusting_code(workflow.trusts_code(stage)):

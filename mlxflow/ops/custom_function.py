@@ -50,6 +50,10 @@ class CallRecorder(Protocol):
         """Return the results of a call."""
         ...
 
+    def disregard(self, result: mx.array) -> None:
+        """Note that nothing needs the result of a call."""
+        ...
+
 
 _recorder: ContextVar[CallRecorder | None] = ContextVar("recorder", default=None)
 
@@ -57,6 +61,17 @@ _recorder: ContextVar[CallRecorder | None] = ContextVar("recorder", default=None
 def custom_function(forward: Callable[..., Any]) -> CustomFunction:
     """Return a function of arrays to which `vjp` gives a gradient of its own; a decorator."""
     return CustomFunction(forward)
+
+
+def disregard(result: mx.array) -> None:
+    """Report to a recorder that nothing needs the result of a call, which MLX then neither computes nor derives.
+
+    Args:
+        result: that a custom function returned.
+    """
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.disregard(result)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxflow.ops import patching
-from mlxflow.ops.custom_function import CustomFunction, custom_function
+from mlxflow.ops.custom_function import CustomFunction, custom_function, disregard
 from mlxflow.ops.token_chunks import by_chunks, drops_out, is_token_wise
 
 
@@ -80,7 +80,8 @@ class _Segments:
         is_next = len(inputs) == 1 and inputs[0] is self._result and len(self._parts) < self._most
         parts = [*self._parts, part] if is_next else [part]
         given = [self._input] if is_next else inputs
-        # The result of the layer before is not needed then, and is not computed
+        if is_next:
+            disregard(self._result)  # of the layer before
         function = _joined([one.function for one in parts], [len(one.weights) for one in parts])
         result = function(*given, *(weight for one in parts for weight in one.weights))
         for one in parts:

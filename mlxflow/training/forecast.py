@@ -138,12 +138,11 @@ def _validation_seconds(subject: build.Subject, rows: Rows) -> float:
 
 
 def _traced(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast | None:
-    """Return the predicted peak; None if only a bound of it is known, or the model uses what MLX cannot export."""
+    """Return the predicted peak; None if the model uses what MLX cannot export."""
     try:
-        expected = forecast_memory(subject, kernels, rows)
+        return forecast_memory(subject, kernels, rows)
     except (ValueError, RuntimeError):
         return None
-    return None if expected.is_bound else expected
 
 
 def _peak(few: StepTrial, many: StepTrial, tokens: int) -> float:

@@ -15,15 +15,16 @@ from mlxflow.data.token_file import Rows
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.ops.graph_trace import Traced, Value, trace
 from mlxflow.training import build, graph_memory
-from mlxflow.training.graph_memory import Graph
+from mlxflow.training.graph_fusion import Graph, compiled
+from mlxflow.training.graph_memory import Ahead
 from mlxflow.training.memory_advice import memory_advice
 from mlxflow.training.precompile import restored
 from mlxflow.training.step import Step
 from mlxflow.training.validation_memory import validation_peak_bytes
 
-# The most dispatches that the host is ahead of the device. MLX waits for the CPU when an eleventh task of ten is sent.
-# A GPU's command buffers end after some bytes, too, and large arrays fill them at once.
-_LAG = {"cpu": 110, "gpu": 40}
+# How far the host is ahead of the device. MLX waits for the CPU when an eleventh task of ten dispatches is sent.
+# Command buffers of a GPU end after some bytes, too, and large arrays fill them at once.
+_AHEAD = {"cpu": Ahead(100, 10), "gpu": Ahead(40)}
 
 
 class MemoryForecast(NamedTuple):
@@ -33,13 +34,11 @@ class MemoryForecast(NamedTuple):
         peak_bytes: of MLX's arrays, with weights and the optimizer's state.
         tokens: of a pass.
         validation_bytes: the peak in a validation alone.
-        is_bound: whether the peak is at most that.
     """
 
     peak_bytes: int
     tokens: int
     validation_bytes: int = 0
-    is_bound: bool = False
 
     @property
     def is_of_validation(self) -> bool:
@@ -55,11 +54,10 @@ class MemoryForecast(NamedTuple):
         """
         step = f"a step with passes of {self.tokens:,} tokens"
         where = f"a validation, which takes more than {step}" if self.is_of_validation else step
-        about, not_fitting = ("at most", "may not fit") if self.is_bound else ("about", "does not fit")
-        peak = f"{about} {_gb(self.peak_bytes)} GB in {where}"
+        peak = f"about {_gb(self.peak_bytes)} GB in {where}"
         if self.peak_bytes <= limit_bytes:
             return f"{peak}: fits into the {_gb(limit_bytes)} GB allowed"
-        return f"{peak}: {not_fitting} into the {_gb(limit_bytes)} GB allowed. {advice}"
+        return f"{peak}: does not fit into the {_gb(limit_bytes)} GB allowed. {advice}"
 
     def advice(self, subject: build.Subject, rows: Rows) -> str:
         """Return what to do if it does not fit, a sentence.
@@ -78,8 +76,6 @@ def _gb(number: int) -> str:
 def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast:
     """Return the predicted memory of a training: of its steps, or of a validation if that takes more.
 
-    Of layers that are recomputed in segments it is an upper bound.
-
     Args:
         subject: the model, whose weights need not be evaluated, and its settings; as before afterwards.
         kernels: in use.
@@ -88,22 +84,19 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
     Raises:
         ValueError: the model uses an operation that cannot be traced.
     """
-    is_bound = subject.settings.checkpoint_segment > 1
-    if is_bound:  # a derivation within another one is traced without its order; single layers take more memory
-        subject = subject._replace(settings=subject.settings.replace(checkpoint_segment=1))
     with restored(subject.model), build.ready_step(subject, kernels) as step:
         graph, held, changed = _graph_of(step, subject, rows)
-    lag = _LAG["cpu" if mx.default_device() == mx.cpu else "gpu"]
+    ahead = _AHEAD["cpu" if mx.default_device() == mx.cpu else "gpu"]
     of_validation = validation_peak_bytes(
         subject.model,
         rows,
         held + sum(dict(changed.values()).values()),
         batch_size=subject.settings.batch_size,
         masks_documents=subject.settings.masks_documents,
-        lag=lag,
+        ahead=ahead,
     )
-    peak = max(graph_memory.peak_bytes(graph, held, changed, lag=lag), of_validation)
-    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation, is_bound)
+    peak = max(graph_memory.peak_bytes(graph, held, changed, ahead=ahead), of_validation)
+    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation)
 
 
 def _graph_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[Graph, int, dict[str, tuple[str, int]]]:
@@ -124,7 +117,7 @@ def _graph_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[Graph, in
         owner = of_state.get(_long_array(step, name)) if weights[name].dtype == _state_dtype(step) else None
         value = of_model[name]
         changed[value.name] = (value.name, value.nbytes) if owner is None else (owner.name, owner.nbytes)
-    first, second = graph_memory.compiled(passed), graph_memory.compiled(updated)
+    first, second = compiled(passed), compiled(updated)
     given = [value.name for value in updated.inputs]
     gradients = dict(zip(given, first.results, strict=False))  # the state follows
     linked = [one._replace(inputs=tuple(gradients.get(name, name) for name in one.inputs)) for one in second.operations]

@@ -16,11 +16,12 @@ from mlxflow.evaluation.positions import rows_for
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.graph_trace import trace
 from mlxflow.training import graph_memory
-from mlxflow.training.graph_memory import Graph
+from mlxflow.training.graph_fusion import Graph
+from mlxflow.training.graph_memory import Ahead
 
 
 def validation_peak_bytes(
-    model: nn.Module, rows: Rows, held_bytes: int, *, batch_size: int, masks_documents: bool, lag: int
+    model: nn.Module, rows: Rows, held_bytes: int, *, batch_size: int, masks_documents: bool, ahead: Ahead
 ) -> int:
     """Return the predicted peak of MLX's arrays in a validation.
 
@@ -30,7 +31,7 @@ def validation_peak_bytes(
         held_bytes: of the weights and the optimizer's state.
         batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
-        lag: see `graph_memory.peak_bytes`.
+        ahead: see `graph_memory.peak_bytes`.
 
     Raises:
         ValueError: the model uses an operation that cannot be traced.
@@ -48,15 +49,15 @@ def validation_peak_bytes(
         def losses(states: mx.array, targets: mx.array) -> mx.array:
             return token_losses(body, states, targets)
 
-        of_body, states = _peak(model, hidden, [marks, tokens], held_bytes, lag)
+        of_body, states = _peak(model, hidden, [marks, tokens], held_bytes, ahead)
         chosen = states[: positions_of_a_slice(body, states)]
         targets = mx.zeros(len(chosen), mx.int32)
-        of_head, _ = _peak(model, losses, [chosen, targets], held_bytes + states.nbytes, lag)
+        of_head, _ = _peak(model, losses, [chosen, targets], held_bytes + states.nbytes, ahead)
     return max(of_body, of_head)
 
 
 def _peak(
-    model: nn.Module, function: Any, arguments: list[mx.array], held_bytes: int, lag: int
+    model: nn.Module, function: Any, arguments: list[mx.array], held_bytes: int, ahead: Ahead
 ) -> tuple[int, mx.array]:
     """Return the peak of a function of arrays and the model's weights, and zeros in the shape of its result."""
     weights = dict(tree_flatten(model.parameters()))
@@ -73,4 +74,4 @@ def _peak(
         model.update(tree_unflatten(list(weights.items())))
     graph = Graph(traced.operations, [value.name for value in traced.outputs])
     shape, dtype = results[0].shape, results[0].dtype
-    return graph_memory.peak_bytes(graph, held_bytes, {}, lag=lag), mx.zeros(shape, dtype)
+    return graph_memory.peak_bytes(graph, held_bytes, {}, ahead=ahead), mx.zeros(shape, dtype)

@@ -87,7 +87,7 @@ def _run(
     provenance = _provenance(workflow, stage, settings, identities)
     chosen = _select_device(workflow) if uses_device else None
     rank = of_this_process()
-    limit = limit_memory(workflow, rank) if uses_device else 0
+    limit = limit_memory(workflow) if uses_device else 0
     ranked_execution.join(rank)
     threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" else None
     folder = into or workflow.root / stage.folder
@@ -258,13 +258,13 @@ def _maker_advice(workflow: Workflow, name: Path) -> str:
     return f". {advise_build(maker)}" if maker else ". Fix it or change the workflow."
 
 
-def limit_memory(workflow: Workflow, rank: Rank) -> int:
+def limit_memory(workflow: Workflow) -> int:
     """Set MLX's limits and return its memory limit in bytes; ranks that share a device share its memory."""
     import mlx.core as mx
 
     settings = workflow.settings
     limit = compute_device.parse_size(settings.memory_limit, compute_device.working_set_bytes())
-    limit //= rank.sharing
+    limit //= of_this_process().sharing
     mx.set_memory_limit(limit)
     if settings.cache_limit:
         mx.set_cache_limit(compute_device.parse_size(settings.cache_limit, limit))

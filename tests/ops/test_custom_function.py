@@ -4,7 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxflow.ops.custom_function import CustomFunction, custom_function, recorded
+from mlxflow.ops.custom_function import CustomFunction, custom_function, disregard, recorded
 
 
 @custom_function
@@ -28,15 +28,23 @@ def test_a_recorder_takes_the_calls_until_its_block_ends() -> None:
     class Noting:
         def __init__(self) -> None:
             self.calls: list[tuple[CustomFunction, int]] = []
+            self.needless: list[mx.array] = []
 
         def call(self, function: CustomFunction, arguments: tuple[Any, ...]) -> Any:
             self.calls.append((function, len(arguments)))
             return "recorded"
 
+        def disregard(self, result: mx.array) -> None:
+            self.needless.append(result)
+
     noting = Noting()
     x = mx.array(3.0)
     with recorded(noting):
         assert _sum_and_product(x, x) == "recorded"
+        disregard(x)
+    disregard(x + 1)
+    assert len(noting.needless) == 1
+    assert noting.needless[0] is x
     assert noting.calls == [(_sum_and_product, 2)]
     assert _sum_and_product.gradients is _gradients
     assert _sum_and_product(x, x)[0].item() == 6

@@ -1,7 +1,6 @@
 """Graphs of functions that derive gradients through custom functions and checkpoints; nothing is computed."""
 
 from collections import Counter
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -56,24 +55,6 @@ def test_a_checkpoint_is_computed_again_for_its_gradient() -> None:
     traced = trace(step, [mx.zeros(5)], prefix="")
     names = _names(traced)
     assert (names["Exp"], names["Depends"], names["Tan"]) == (2, 1, 1)
-    assert _is_in_order(traced)
-
-
-def test_a_gradient_within_the_gradient_of_a_custom_function() -> None:
-    @custom_function
-    def outer(x: mx.array) -> list[mx.array]:
-        return [_cubed(x), x + 1]
-
-    @outer.vjp
-    def gradients(x: mx.array, incoming: Any, _: Any) -> Any:
-        found: mx.array = mx.vjp(_cubed, [x], [incoming[0]])[1][0]
-        return mx.add(found, incoming[1])
-
-    def step(w: mx.array) -> list[mx.array]:
-        return list(mx.value_and_grad(lambda w: mx.multiply(*outer(w)).sum())(w))
-
-    traced = trace(step, [mx.zeros(5)], prefix="")
-    assert _names(traced)["Tan"] == 1
     assert _is_in_order(traced)
 
 

@@ -52,11 +52,11 @@ class _Stand:
 
 
 @pytest.mark.parametrize(
-    ("traced", "is_bound", "tried", "step", "peak"),
-    [(900, False, [8], 7.0, 900), (1100, False, [2, 4], 6.0, 1100), (900, True, [2, 4], 6.0, 400)],
+    ("traced", "tried", "step", "peak"),
+    [(900, [8], 7.0, 900), (1100, [2, 4], 6.0, 1100), (None, [2, 4], 6.0, 400)],
 )
 def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
-    traced: int, is_bound: bool, tried: list[int], step: float, peak: int, monkeypatch: pytest.MonkeyPatch
+    traced: int | None, tried: list[int], step: float, peak: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = TrainingSettings(num_steps=10, batch_size=8, warmup_steps=0, grad_accum_steps=2, eval_every=4)
     rows, trials = Rows(np.zeros((16, 5), np.int32), np.full((16, 5), 3, np.uint8)), []
@@ -66,9 +66,14 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
         seconds = {8: 3.0, 4: 1.5, 2: 1.0}[some.num_rows]  # of parts a line gives 2.5 for all rows
         return StepTrial(4 * some.num_rows, 100 * some.num_rows, 50, seconds, 1.0, first_seconds=2.0)
 
+    def forecast_memory(*_: Any) -> MemoryForecast:
+        if traced is None:
+            raise ValueError("an operation that cannot be exported")
+        return MemoryForecast(traced, 32)
+
     subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
     monkeypatch.setattr(job, "prepare", lambda *_: (None, subject, None))
-    monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(traced, 32, is_bound=is_bound))
+    monkeypatch.setattr(forecast, "forecast_memory", forecast_memory)
     monkeypatch.setattr(forecast, "try_step", try_step)
     monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
     request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())

@@ -3,10 +3,9 @@
 import itertools
 from collections.abc import Sequence
 
-import pytest
-
-from mlxflow.ops.graph_trace import Operation, Traced, Value
-from mlxflow.training.graph_memory import Graph, compiled, peak_bytes
+from mlxflow.ops.graph_trace import Operation, Value
+from mlxflow.training.graph_fusion import Graph
+from mlxflow.training.graph_memory import Ahead, peak_bytes
 
 MB = 1 << 20
 
@@ -25,7 +24,7 @@ def _chain(kind: str, length: int) -> list[Operation]:
 
 
 def _peak(operations: Sequence[Operation], *results: str, lag: int = 0, held: int = MB) -> float:
-    return peak_bytes(Graph(operations, results), held, {}, lag=lag) / MB
+    return peak_bytes(Graph(operations, results), held, {}, ahead=Ahead(lag)) / MB
 
 
 def test_a_product_needs_its_input_and_its_result() -> None:
@@ -55,28 +54,17 @@ def test_views_share_the_buffer_and_keep_it() -> None:
     assert _peak([operations[0], _operation("Reshape", "a", "e")], "e") == 2
 
 
+def test_a_host_that_is_ahead_waits_for_tasks_of_several_dispatches() -> None:
+    graph = Graph(_chain("Matmul", 20), ["y19"])  # two dispatches each: of 28, 10 are done at the most
+    assert peak_bytes(graph, MB, {}, ahead=Ahead(10, 10)) / MB == 12
+
+
+def test_a_view_under_way_does_not_keep_an_operation_from_writing_in_place() -> None:
+    operations = [_operation("Matmul", "x", "a"), _operation("Transpose", "a", "b"), _operation("Exp", "b", "c")]
+    assert _peak(operations, "c", lag=100) == 2
+
+
 def test_inputs_that_are_replaced_are_freed_once_for_all_their_views() -> None:
     changed = {"w": ("weights", 4 * MB), "view of w": ("weights", 4 * MB)}
     operations = [_operation("Matmul", "view of w", "g", 4), _operation("Compiled", "w g", "new", 4)]
-    assert peak_bytes(Graph(operations, ["new"]), 0, changed, lag=0) / MB == 8
-
-
-def test_equal_operations_are_merged_and_unneeded_ones_left_out() -> None:
-    operations = [
-        _operation("Matmul", "x", "a"),
-        _operation("Matmul", "x", "b"),
-        Operation("Matmul", "other", ("x",), (_value("c"),)),
-        _operation("Copy", "b", "d"),
-        _operation("Concatenate", "a c d", "e", 3),
-        _operation("Matmul", "x e", "unneeded"),
-    ]
-    graph = compiled(Traced(operations, [_value("x")], [_value("e", 3)]))
-    assert [one.name for one in graph.operations] == ["Matmul", "Matmul", "Concatenate"]
-    assert graph.operations[-1].inputs == ("a", "c", "a")
-
-
-@pytest.mark.parametrize("is_used", [False, True])
-def test_elementwise_operations_are_fused_unless_something_else_needs_them(is_used: bool) -> None:
-    operations = [*_chain("Exp", 3), _operation("Matmul", "y0 y2" if is_used else "y2", "z")]
-    graph = compiled(Traced(operations, [_value("x")], [_value("z")]))
-    assert [one.name for one in graph.operations] == (["Exp"] if is_used else []) + ["Compiled", "Matmul"]
+    assert peak_bytes(Graph(operations, ["new"]), 0, changed, ahead=Ahead(0)) / MB == 8

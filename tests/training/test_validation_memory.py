@@ -8,6 +8,7 @@ import pytest
 from mlxflow.data.token_file import Rows
 from mlxflow.device import phase_peaks
 from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.training.graph_memory import Ahead
 from mlxflow.training.validation_memory import validation_peak_bytes
 from tests.small_models import llama
 
@@ -28,7 +29,9 @@ def test_the_peak_of_a_validation_is_predicted_within_10_percent(bits: int, mask
     rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
     gc.collect()  # models of other tests
     held = mx.get_active_memory()
-    expected = validation_peak_bytes(model, rows, held, batch_size=2, masks_documents=masks_documents, lag=110)
+    expected = validation_peak_bytes(
+        model, rows, held, batch_size=2, masks_documents=masks_documents, ahead=Ahead(100, 10)
+    )
     assert model.training
     with phase_peaks.followed() as peak:
         measure_perplexity(model, rows, batch_size=2, masks_documents=masks_documents)
