@@ -5,7 +5,7 @@ gradient is derived, their results are placeholders here, and so are the gradien
 is traced beside them, and the placeholders are replaced by it in the finished graph.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -49,6 +49,13 @@ class Operation(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[Value, ...]
 
+    def with_inputs(self, names: Mapping[str, str]) -> "Operation":
+        """Return the operation with some inputs replaced by others; itself if it has none of them."""
+        if names.keys().isdisjoint(self.inputs):
+            return self
+        inputs = tuple([names.get(name, name) for name in self.inputs])
+        return Operation(self.name, self.arguments, inputs, self.outputs)
+
 
 class Traced(NamedTuple):
     """A traced function.
@@ -81,15 +88,14 @@ def trace(function: Callable[..., Sequence[mx.array]], arguments: Sequence[mx.ar
     operations: list[Operation] = []
 
     def values(listed: Iterable[tuple[str, Any, mx.Dtype]]) -> tuple[Value, ...]:
-        return tuple(Value(prefix + name, tuple(shape), dtype.size) for name, shape, dtype in listed)
+        return tuple([Value(prefix + name, tuple(shape), dtype.size) for name, shape, dtype in listed])
 
     def take(part: dict[str, Any]) -> None:
         if part["type"] != "primitive":
             parts[part["type"]] = part.get(part["type"])
             return
-        inputs, outputs = values(part["inputs"]), values(part["outputs"])
-        names = tuple(value.name for value in inputs)
-        operations.append(Operation(part["name"], repr(part["arguments"]), names, outputs))
+        names = tuple([prefix + name for name, _, _ in part["inputs"]])
+        operations.append(Operation(part["name"], repr(part["arguments"]), names, values(part["outputs"])))
 
     def traced(*arrays: mx.array) -> list[mx.array]:
         results = list(function(*arrays))
@@ -122,7 +128,7 @@ def _connected(
     for name in links:
         while links[name] in links and links[name] != links[links[name]]:
             links[name] = links[links[name]]
-    renamed = [one._replace(inputs=tuple(links.get(name, name) for name in one.inputs)) for one in operations]
+    renamed = [one.with_inputs(links) for one in operations] if links else operations
     results = [value._replace(name=links.get(value.name, value.name)) for value in results]
     return Traced(in_order(renamed, [value.name for value in results]), inputs, results)
 

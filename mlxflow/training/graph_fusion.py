@@ -43,18 +43,17 @@ def _simplified(graph: Graph) -> Graph:
     renamed: dict[str, str] = {}
     known: dict[tuple[str, str, tuple[str, ...]], Operation] = {}
     kept = []
-    for operation in graph.operations:
-        inputs = tuple(renamed.get(name, name) for name in operation.inputs)
+    for traced in graph.operations:
+        operation = traced.with_inputs(renamed)
         if operation.name in _NO_OPERATION:
-            renamed[operation.outputs[0].name] = inputs[0]
+            renamed[operation.outputs[0].name] = operation.inputs[0]
             continue
-        key = (operation.name, operation.arguments, inputs)
-        if key in known and inputs:  # MLX compares those that share an input: ranges and what is made of them stay
-            pairs = zip(operation.outputs, known[key].outputs, strict=True)
-            renamed |= {value.name: same.name for value, same in pairs}
+        same = known.setdefault((operation.name, operation.arguments, operation.inputs), operation)
+        if same is operation or not operation.inputs:  # MLX compares those that share an input: ranges stay
+            kept.append(operation)
             continue
-        known[key] = operation._replace(inputs=inputs)
-        kept.append(known[key])
+        for value, other in zip(operation.outputs, same.outputs, strict=True):
+            renamed[value.name] = other.name
     results = [renamed.get(name, name) for name in graph.results]
     return Graph(_needed(kept, results), results)
 

@@ -192,9 +192,10 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
         device.send(
             _held(operation, given, memory), 1 + (0 if is_view else _num_dispatches(operation)), is_short=is_short
         )
-        uses.subtract(set(operation.inputs))
-        for name in memory.having((*operation.inputs, *(value.name for value in operation.outputs))):
-            if not uses[name]:
+        for name in set(operation.inputs):
+            uses[name] -= 1
+        for name in (*operation.inputs, *[value.name for value in operation.outputs]):
+            if not uses[name] and name in memory.of:
                 memory.release(memory.of.pop(name))
     return memory.peak
 

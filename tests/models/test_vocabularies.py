@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlxflow.cli.check import check_plans
 from mlxflow.messages.errors import ArtifactError, WorkflowError
+from mlxflow.models import vocabularies
 from mlxflow.models.tokenizer_files import require_tokenizer
 from mlxflow.models.vocabularies import have_equal_ids
 from mlxflow.workflow.loader import load_workflow
@@ -145,6 +147,20 @@ def test_check_ends_with_the_line_and_exit_code_2(folder: Path) -> None:
     result = mlxflow(folder, "check")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith('workflow.toml: train.model.from = "base": has another tokenizer than its tokens, ')
+
+
+def test_each_tokenizer_is_parsed_once_where_two_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+
+    def counted(text: str) -> Any:
+        parsed.append(text)
+        return json.loads(text)
+
+    monkeypatch.setattr(vocabularies, "json", SimpleNamespace(loads=counted))
+    assert require_tokenizer(Path("base"), Path("more/tokenizer.json"), "train.model.from", tokens_key="t") == [
+        "<tool>"
+    ]
+    assert len(parsed) == 2
 
 
 @pytest.mark.parametrize(
