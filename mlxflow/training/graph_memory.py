@@ -192,12 +192,17 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
         device.send(
             _held(operation, given, memory), 1 + (0 if is_view else _num_dispatches(operation)), is_short=is_short
         )
-        for name in set(operation.inputs):
-            uses[name] -= 1
-        for name in (*operation.inputs, *[value.name for value in operation.outputs]):
-            if not uses[name] and name in memory.of:
-                memory.release(memory.of.pop(name))
+        _release_unused(operation, uses, memory)
     return memory.peak
+
+
+def _release_unused(operation: Operation, uses: Counter[str], memory: _Memory) -> None:
+    """Count an operation's uses of its inputs down, and release what nothing else needs."""
+    for name in set(operation.inputs):
+        uses[name] -= 1
+    for name in (*operation.inputs, *[value.name for value in operation.outputs]):
+        if not uses[name] and name in memory.of:
+            memory.release(memory.of.pop(name))
 
 
 def _held(operation: Operation, given: list[_Buffer], memory: _Memory) -> list[_Buffer]:
