@@ -1,5 +1,6 @@
 """The plan of a model within a budget, by the method that will be used: its errors, and its measured plans."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -115,6 +116,8 @@ def allocate(
             rounded = StreamedModel(loading_in_fp32_on_cpu(with_codes(load, layers, codes)))
             measured = measure_divergence(reference, rounded, rows, batch_size=_BATCH_SIZE, masks_documents=False)
         tried.append(_Tried(name, dict(layers), own, learned, measured.kl))
+        del codes, rounded
+        gc.collect()  # codes in reference cycles, before the next plan has its own
     best = min(tried, key=lambda one: one.divergence)
     figures = BudgetFigures(
         measured_with="grids to begin with" if request.method == "qat" else request.method,
