@@ -1,6 +1,7 @@
 """Forecasts of `quantize`, of a first run in a folder and of further ones, beside what the runs took, by method."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,7 +42,14 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-def forecast(names: str = ";".join(TABLES), layers: str = "6", runs: str = "2") -> None:
+# Runs a stage with the CPU time of its process as the clock, with one BLAS thread: other work does not count
+_CPU_CLOCK = (
+    "import time; time.perf_counter = time.process_time; "
+    "import sys; sys.argv[0] = 'mlxflow'; from mlxflow.__main__ import main; raise SystemExit(main())"
+)
+
+
+def forecast(names: str = ";".join(TABLES), layers: str = "6", runs: str = "2", clock: str = "wall") -> None:
     """Print for each method what a run took beside its forecast, in seconds and in bytes of MLX's arrays.
 
     The first run of a method is predicted without records of earlier ones, each further run with those before it.
@@ -50,6 +58,7 @@ def forecast(names: str = ";".join(TABLES), layers: str = "6", runs: str = "2") 
         names: of `TABLES`, with semicolons between them.
         layers: of the model, which has SmolLM2's width.
         runs: of each method.
+        clock: "wall", or "cpu" for the CPU seconds of one thread, also in the trial by which forecasts are made.
     """
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
@@ -59,7 +68,7 @@ def forecast(names: str = ";".join(TABLES), layers: str = "6", runs: str = "2") 
             folder = Path(temporary) / name.replace(" ", "_")
             _prepare(folder, model, _USUAL | TABLES[name])
             for number in range(int(runs)):
-                print_row(f"{name}, run {number + 1}", **_measured(folder))
+                print_row(f"{name}, run {number + 1}", **_measured(folder, clock))
 
 
 def _prepare(folder: Path, model: Path, table: dict[str, Any]) -> None:
@@ -81,21 +90,25 @@ def _prepare(folder: Path, model: Path, table: dict[str, Any]) -> None:
         "quantize": {"model": str(model), "data": "pretokenize", **table},
     }
     (folder / "workflow.toml").write_text(tomli_w.dumps(workflow))
-    _run(folder, "pretokenize")
+    _run(folder, "pretokenize", "wall")
 
 
-def _run(folder: Path, stage: str) -> str:
-    """Run a stage, and return what it wrote to standard error."""
-    command = [sys.executable, "-m", "mlxflow", "run", stage]
-    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+def _run(folder: Path, stage: str, clock: str) -> str:
+    """Run a stage by a clock, and return what it wrote to standard error."""
+    start, threads = ["-m", "mlxflow"], {}
+    if clock == "cpu":
+        start, threads = ["-c", _CPU_CLOCK], {"OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, *start, "run", stage]
+    environment = os.environ | threads
+    done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return done.stderr
 
 
-def _measured(folder: Path) -> dict[str, Any]:
+def _measured(folder: Path, clock: str) -> dict[str, Any]:
     """Return the figures of a run."""
-    said = next(line for line in _run(folder, "quantize").splitlines() if " will take " in line)
+    said = next(line for line in _run(folder, "quantize", clock).splitlines() if " will take " in line)
     report = tomllib.loads((folder / "artifacts/quantize/report.toml").read_text())["run"]
     (records,) = read_records(folder / "artifacts/.mlxflow" / FILE).values()
     value, low, high = forecast_seconds(said)

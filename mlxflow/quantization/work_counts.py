@@ -15,8 +15,13 @@ from mlxflow.quantization.quantization_request import QuantizationRequest
 # Forward passes over the calibration rows that a method is worth, besides what is counted in detail
 _PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 5, "block": 6, "qat": 0}
 
-# Operations to round a weight to a fitted grid, and to pack it
+# Operations to round a weight to a fitted grid, and to pack it. Below: those of a logit in a comparison of two models,
+# and in a training loss: exponentials and passes over memory, in the time of so many operations in products
 _ROUNDING, _PACKING = 1500, 100
+_COMPARING, _TRAINING_LOSS = 10_000, 5_000
+
+# Plans that a budget compares on the calibration rows: a mixed one and uniform ones
+_PLANS = 3
 
 # Bytes of logits for six arrays of them when a quality loss is measured, by device; see `evaluation.slices`
 _LOGITS_BYTES = {"cpu": 128 << 20, "gpu": 512 << 20}
@@ -113,6 +118,7 @@ def work_of(
     one_pass = 2.0 * shape.parameters * tokens
     own = _method_operations(request, shape, one_pass, tokens, row_tokens, num_rows)
     operations = own + shape.parameters * _PACKING + 4.0 * shape.parameters * validation_rows * row_tokens
+    operations += _logit_operations(request, tokens, row_tokens, validation_rows) * shape.vocab_size
     operations += (request.rotations + 2) * one_pass if request.rotations else 0.0
     if request.budget is not None:
         pairs = len(request.budget.candidate_bits) * len(request.budget.candidate_group_sizes)
@@ -180,6 +186,23 @@ def _method_operations(
         if request.training.distills:
             operations += 2.0 * shape.parameters * min(read, num_rows) * row_tokens
     return operations
+
+
+def _logit_operations(request: QuantizationRequest, tokens: int, row_tokens: int, validation_rows: int) -> float:
+    """Return the operations on the logits of all positions, for each entry of the vocabulary."""
+    compared, trained = validation_rows * row_tokens, 0
+    if request.rotations:
+        compared += (request.rotations + 1) * tokens
+    if request.budget is not None:
+        compared, trained = compared + _PLANS * tokens, trained + tokens
+    if request.method == "dwq":
+        trained += 2 * tokens
+    if request.method == "block" and request.scale_steps:
+        trained += request.scale_steps * min(TOKENS_PER_STEP, tokens) + tokens
+    if request.training is not None:
+        settings = request.training.settings
+        trained += settings.num_steps * settings.rows_per_step * row_tokens * (2 if request.training.distills else 1)
+    return float(_COMPARING * compared + _TRAINING_LOSS * trained)
 
 
 def _learning_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, row_tokens: int) -> float:

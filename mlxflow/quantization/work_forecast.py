@@ -31,8 +31,9 @@ FILE = "quantize-rates.json"
 # Records of a method that are kept
 _MOST_RECORDS = 8
 
-# Products of the trial: rows by device, their number, and the widest
-_TRIAL_ROWS, _TRIAL_PRODUCTS, _MOST_WIDTH = {"cpu": 128, "gpu": 4096}, 2, 1024
+# Products of the trial: rows by device, the widest, and the seconds that they take at least: on a busy machine a single
+# product may wait longer than it computes
+_TRIAL_ROWS, _MOST_WIDTH, _TRIAL_SECONDS = {"cpu": 128, "gpu": 4096}, 1024, 0.05
 
 # Seconds that any run takes besides its products: else a small model's would say nothing of a large one's
 _FIXED_SECONDS = 1.0
@@ -77,11 +78,12 @@ def operations_per_second(width: int, dtype: mx.Dtype) -> float:
     rows = _TRIAL_ROWS["cpu" if mx.default_device() == mx.cpu else "gpu"]
     x, weight = mx.ones((rows, width), dtype), mx.ones((4 * width, width), dtype)
     mx.eval(x @ weight.T)
-    begin = time.perf_counter()
-    for _ in range(_TRIAL_PRODUCTS):
+    begin, seconds, count = time.perf_counter(), 0.0, 0
+    while seconds < _TRIAL_SECONDS:
         mx.eval(x @ weight.T)
-    seconds = max(time.perf_counter() - begin, 1e-6)
-    return 2.0 * _TRIAL_PRODUCTS * rows * 4 * width * width / seconds
+        count += 1
+        seconds = time.perf_counter() - begin
+    return 2.0 * count * rows * 4 * width * width / seconds
 
 
 @contextmanager

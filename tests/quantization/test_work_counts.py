@@ -59,6 +59,25 @@ def test_more_work_takes_longer() -> None:
     assert _work("block", scale_steps=10).held_bytes >= _work("block").held_bytes
 
 
+def test_logits_that_are_compared_or_trained_on_take_time() -> None:
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+
+    def added(**changes: Any) -> float:
+        """Return the operations that a vocabulary of 1,000 more takes, with the layers of the same shape."""
+        request = request_of(changes.pop("method", "rtn"), **changes)
+        few, many = (
+            work_of(request, _shape()._replace(vocab_size=size), row_tokens=32, num_rows=64, validation_rows=8)
+            for size in (60, 1060)
+        )
+        return many.operations - few.operations
+
+    compared = 10_000 * 1000 * 8 * 32  # the quality loss
+    assert added() == added(method="gptq") == compared
+    assert added(rotations=2) == compared * (1 + 3 * 2)  # twice as many calibration rows, three models
+    assert all(added(**one) > compared for one in ({"method": "dwq"}, {"budget": budget}))
+    assert added(method="block", scale_steps=4) > added(method="block") == compared
+
+
 def test_held_memory_follows_one_block_and_not_their_number() -> None:
     few, many = (
         ModelShape.of(llama(vocab_size=60, hidden_size=64, num_layers=count, intermediate_size=128)[0], 60)

@@ -1,3 +1,4 @@
+import time
 from typing import Any
 
 import mlx.core as mx
@@ -58,6 +59,13 @@ def test_runs_of_one_kind_predict_each_other() -> None:
 
 def test_the_trial_counts_products() -> None:
     assert 0 < operations_per_second(64, mx.float32) < np.inf
+
+
+def test_a_trial_lasts_longer_than_one_slow_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 0.04, *(0.04 + 0.001 * number for number in range(1, 100))])  # the first one waits for a CPU
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    products = 11  # one of 40 ms, then of 1 ms each until 50 ms are over
+    assert operations_per_second(64, mx.float32) == pytest.approx(2.0 * products * 128 * 4 * 64 * 64 / 0.05)
 
 
 _UNUSUAL = (
