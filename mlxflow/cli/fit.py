@@ -1,9 +1,12 @@
 """`mlxflow fit`: what fits into the memory, of a profile stage's shapes; or what a training will take."""
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.messages.advice import advise_build
@@ -90,7 +93,9 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     compute_device.bound_graphs(recomputes=stage.config.checkpointing != "none")  # type: ignore[attr-defined]
     with remote_code.trusting_code(workflow.trusts_code(stage)):
         request, tokens, _, _ = train.table_job(stage.config, inputs, context)  # type: ignore[arg-type]
-        expected = forecast(request, tokens, TokenFile.open(inputs.validation).rows, context)
+        validation = TokenFile.open(inputs.validation).rows
+        before = time.time() - psutil.Process().create_time()
+        expected = forecast(request, tokens, validation, context, before_seconds=before)
     if expected.peak_bytes is None:
         write_markdown(
             f"{stage.task}: does not fit: a quarter of a pass of {expected.tokens:,} tokens ends in an error. "

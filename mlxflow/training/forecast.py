@@ -25,12 +25,16 @@ from mlxflow.training.memory_forecast import MemoryForecast, forecast_memory
 from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.step_trials import StepTrial, part_of, try_step
 
+# Steps with all rows are timed for at least so long: a few of them vary with other work
+_TIMED_SECONDS = 10.0
+
 
 class Seconds(NamedTuple):
     """The seconds of the parts of a training.
 
     Attributes:
-        start: until the first validation: the model is opened and kernels are selected.
+        start: until the first validation: the process starts, the model is opened, kernels are selected, and
+            recomputed layers are chosen or the memory is predicted.
         first_step: what the first step takes beyond a later one.
         step: of a step.
         steps: number of steps.
@@ -69,7 +73,9 @@ class Forecast(NamedTuple):
     advice: str = ""
 
 
-def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Context) -> Forecast:
+def forecast(
+    request: job.Job, tokens: TokenFile, validation: Rows, context: Context, *, before_seconds: float = 0.0
+) -> Forecast:
     """Return what a training will take; nothing is trained or written.
 
     Args:
@@ -77,6 +83,7 @@ def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Con
         tokens: to train on.
         validation: all validation rows.
         context: of the stage.
+        before_seconds: what this process took until now, as that of a training does.
 
     Raises:
         UserError: a setting does not fit the model.
@@ -85,7 +92,6 @@ def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Con
     with tempfile.TemporaryDirectory() as scratch:
         kept_apart = request.kernels._replace(memory_file=Path(scratch) / "kernels.json")
         _, subject, kernels = job.prepare(request._replace(kernels=kept_apart), tokens, context)
-    start_seconds = time.perf_counter() - begin
     settings, note = subject.settings, ""
     rows = tokens.rows.head(settings.batch_size)
     if request.picks_checkpointing:
@@ -93,11 +99,14 @@ def forecast(request: job.Job, tokens: TokenFile, validation: Rows, context: Con
         settings, note = choice.layers.applied_to(settings), choice.line
         subject = subject._replace(settings=settings)
     count = rows.num_rows * (rows.tokens.shape[1] - 1)
+    chosen = time.perf_counter()
     traced = _traced(subject, kernels, rows)
+    ready = chosen if request.picks_checkpointing else time.perf_counter()  # such a training predicts no memory
+    start_seconds = before_seconds + ready - begin
     in_validation = traced is not None and traced.is_of_validation
     advice = memory_advice(settings, subject.names, rows=rows.num_rows, in_validation=in_validation)
     fits = traced is not None and traced.peak_bytes <= context.memory_limit_bytes
-    whole = try_step(subject, kernels, rows) if fits else None
+    whole = try_step(subject, kernels, rows, least_seconds=_TIMED_SECONDS) if fits else None
     few, many = (whole, whole) if whole else (try_step(subject, kernels, part_of(rows, share)) for share in (4, 2))
     if few is None:
         return Forecast(None, Seconds(start_seconds, 0, 0, settings.num_steps, 0, 0), count, note, advice)

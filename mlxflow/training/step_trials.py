@@ -38,7 +38,9 @@ class StepTrial(NamedTuple):
     first_seconds: float = 0.0
 
 
-def try_step(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> StepTrial | None:
+def try_step(
+    subject: build.Subject, kernels: ModelKernels, rows: Rows, *, least_seconds: float = 0.0
+) -> StepTrial | None:
     """Take a few steps on some rows; the model and MLX's random state are as before afterwards.
 
     The last ones are sent to the device together, as many as the trainer sends before it waits.
@@ -47,11 +49,14 @@ def try_step(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> StepT
         subject: the model and its settings.
         kernels: in use.
         rows: of one pass.
+        least_seconds: more steps are taken until so many have passed, but no more than the training has; the mean of
+            all is returned.
 
     Returns:
         what was measured; None if the device ran out of memory.
     """
     tokens, marks = mx.array(rows.tokens), mx.array(rows.marks)
+    steps = subject.settings.num_steps
     count = int(tokens.shape[0] * (tokens.shape[1] - 1))
     try:
         with restored(subject.model), build.ready_step(subject, kernels) as step, phase_peaks.followed() as peak:
@@ -68,11 +73,13 @@ def try_step(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> StepT
                 lone.append(time.perf_counter() - begin_of_pass)
                 del gradients
             ahead = _num_ahead(subject.settings.lazy_eval_every, lone[-1])
-            begin = time.perf_counter()
-            for _ in range(ahead):  # as the trainer sends them
-                mx.async_eval(step.update(step.compute(tokens, marks)), step.state)
-            _wait(step.state)
-            seconds = (time.perf_counter() - begin) / ahead
+            begin, taken = time.perf_counter(), 0
+            while not taken or (taken < steps and time.perf_counter() - begin < least_seconds):
+                for _ in range(ahead):  # as the trainer sends them
+                    mx.async_eval(step.update(step.compute(tokens, marks)), step.state)
+                _wait(step.state)
+                taken += ahead
+            seconds = (time.perf_counter() - begin) / taken
         of_step = max(0.0, seconds - update_seconds), update_seconds, max(0.0, lone[0] - lone[1])
         return StepTrial(count, peak.bytes, of_pass.bytes, *of_step)
     except RuntimeError as error:

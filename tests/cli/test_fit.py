@@ -26,6 +26,15 @@ def test_fit_refuses_other_stages_and_invalid_sizes(
     ]
 
 
+def test_fit_computes_with_the_threads_of_the_workflow(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, fixed = job / "workflow.toml", list[int]()
+    path.write_text(re.sub(r"(?m)^\[workflow\]$", "[workflow]\nthreads = 1", path.read_text(), count=1))
+    monkeypatch.chdir(job)
+    monkeypatch.setattr("mlxflow.device.cpu_backend.fix_threads", lambda threads, key: fixed.append(threads))
+    assert main(["fit", "train"]) == 2  # the tokens are not built
+    assert fixed == [1]
+
+
 def test_fit_prints_the_predicted_peak_of_each_shape(built: Path) -> None:
     result = mlxflow(built, "fit", "--batch-sizes", "2", "4")
     assert result.returncode == 0, result.stderr

@@ -61,8 +61,9 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     settings = TrainingSettings(num_steps=10, batch_size=8, warmup_steps=0, grad_accum_steps=2, eval_every=4)
     rows, trials = Rows(np.zeros((16, 5), np.int32), np.full((16, 5), 3, np.uint8)), []
 
-    def try_step(_subject: Any, _kernels: Any, some: Rows) -> StepTrial:
+    def try_step(_subject: Any, _kernels: Any, some: Rows, least_seconds: float = 0.0) -> StepTrial:
         trials.append(some.num_rows)
+        assert (least_seconds == 10.0) == (some.num_rows == 8)
         seconds = {8: 3.0, 4: 1.5, 2: 1.0}[some.num_rows]  # of parts a line gives 2.5 for all rows
         return StepTrial(4 * some.num_rows, 100 * some.num_rows, 50, seconds, 1.0, first_seconds=2.0)
 
@@ -79,7 +80,7 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
     context: Any = _Stand(memory_limit_bytes=1000)
     tokens: Any = _Stand(rows=rows)
-    expected = forecast.forecast(request, tokens, rows, context)
+    expected = forecast.forecast(request, tokens, rows, context, before_seconds=100.0)
     assert trials == tried
     assert expected.peak_bytes == peak
     assert expected.advice == (
@@ -89,4 +90,5 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     seconds = expected.seconds
     assert seconds.step == pytest.approx(step)
     assert (seconds.steps, seconds.first_step) == (10, 2.0)
+    assert 100.0 <= seconds.start < 110.0
     assert (seconds.validation, seconds.validations) == (5.0, 5)  # steps 0, 4, 8 and 10, and the written model

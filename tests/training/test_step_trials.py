@@ -1,9 +1,13 @@
+from typing import Any
+
 import numpy as np
+import pytest
 
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import model_kernels
 from mlxflow.training import build
 from mlxflow.training.settings import TrainingSettings
+from mlxflow.training.step import Step
 from mlxflow.training.step_trials import part_of, try_step
 from tests.small_models import llama
 
@@ -32,3 +36,23 @@ def test_the_peak_of_a_trial_grows_with_the_tokens() -> None:
     assert (whole.tokens, part.tokens) == (8 * LENGTH, 2 * LENGTH)
     assert part.peak_bytes < whole.peak_bytes
     assert min(whole.seconds, part.seconds) > 0
+
+
+def test_a_longer_trial_takes_no_more_steps_than_the_training_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = llama(vocab_size=64, hidden_size=32, num_layers=2, seed=0)
+    settings = TrainingSettings(batch_size=8, warmup_steps=0, num_steps=12)
+    build.prepare_model(model, settings, adapter_seed=0)
+    update, taken = Step.update, list[int]()
+
+    def counted(self: Step, gradients: Any) -> Any:
+        taken.append(1)
+        return update(self, gradients)
+
+    monkeypatch.setattr(Step, "update", counted)
+    subject = build.Subject(model, settings, 64, LENGTH)
+    counts = []
+    for seconds in (0.0, 3600.0):
+        taken.clear()
+        assert try_step(subject, model_kernels.no_kernels(), _rows(), least_seconds=seconds)
+        counts.append(len(taken))
+    assert counts == [2 + 5, 2 + 15]  # two alone, and groups of five
