@@ -15,7 +15,7 @@ from mlxflow.benchmarking.generation_speed import GenerationSpeed, measure_gener
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.token_file import TokenFile
 from mlxflow.device.memory_errors import out_of_memory_bytes, settle
-from mlxflow.models import model_folder
+from mlxflow.models import model_folder, trial_calls
 from mlxflow.ops import document_mask
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, PrefillFigures
 from mlxflow.report.stage_reports.quantize import QuantizeReport
@@ -206,7 +206,9 @@ class ComparedModels(NamedTuple):
 
 def _load(folder: Path) -> nn.Module:
     """Return a model with lazy weights; reading them raises an error if they do not fit."""
-    return model_folder.load(folder, lazy=True)[0]
+    model, config = model_folder.load(folder, lazy=True)
+    trial_calls.require_call(model, config, str(folder / "config.json"))
+    return model
 
 
 def _speed_row(reference: str, speed: GenerationSpeed) -> ModelRow:

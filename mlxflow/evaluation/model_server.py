@@ -17,7 +17,7 @@ from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.evaluation.stop_texts import until_stop
 from mlxflow.evaluation.text_generation import open_template
 from mlxflow.messages.errors import ArtifactError, reason_of
-from mlxflow.models import adapter_files, model_folder
+from mlxflow.models import adapter_files, model_folder, trial_calls
 from mlxflow.ops import mlx_lm_import, patching
 from mlxflow.storage.temporary_files import scratch_folder
 
@@ -34,7 +34,7 @@ def require_model(folder: Path) -> None:
     """
     tokenizer = GuardedTokenizer(folder)
     try:
-        model_folder.load(folder, lazy=True)
+        trial_calls.require_call(*model_folder.load(folder, lazy=True), str(folder / "config.json"))
         tokenizer.open()
         open_template(folder, tokenizer.call)
     finally:

@@ -16,7 +16,7 @@ from mlxflow.data.chatml import CHATML, TURN_END
 from mlxflow.data.guarded_template import GuardedTemplate
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.messages.errors import ArtifactError, CallError
-from mlxflow.models import gguf_reading, model_folder
+from mlxflow.models import gguf_reading, model_folder, trial_calls
 from mlxflow.storage import config_json
 
 # Prompt tokens in a forward pass of prefill; the memory of attention grows with it
@@ -94,7 +94,8 @@ class Writer:
         folder: a model folder, dense or quantized, or a GGUF file.
 
     Raises:
-        ArtifactError: the folder is no model folder, or its tokenizer or template cannot be opened.
+        ArtifactError: the folder is no model folder, its tokenizer or template cannot be opened, or its model cannot
+            be called.
         SourceError: the tokenizer or the template takes too much time or memory; so do the methods.
     """
 
@@ -102,6 +103,7 @@ class Writer:
         self._folder = folder = gguf_reading.opened(folder)
         self.tokenizer = GuardedTokenizer(folder)  # its process starts while the model is read
         self._model, config = model_folder.load(folder)
+        trial_calls.require_call(self._model, config, str(folder / "config.json"))
         if random := self.tokenizer.open():
             raise ArtifactError(f"{folder}: its tokenizer.json has {random}")
         self._template = open_template(folder, self.tokenizer.call)

@@ -324,10 +324,11 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """Quantize the layers of the plan, write the model folder, and measure it against the dense model.
 
     Raises:
-        ArtifactError: the model cannot be opened, is already quantized, or has a weight that is not finite.
+        ArtifactError: the model cannot be opened or called, is already quantized, or has a weight that is not finite.
         StageError: the loss of quality exceeds the limits of the table.
         WorkflowError: the plan or the method does not fit the model.
     """
+    from mlxflow.models import trial_calls
     from mlxflow.quantization import dense_model, job, size_report, table_requests
 
     task = context.task
@@ -338,6 +339,10 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tokens = dense_model.open_tokens(
         inputs.tokens, folder, dense.config_json, key=f"{task}.data", stage=config.token_stage
     )
+    if tokens is not None:
+        derives = config.method in ("dwq", "block", "qat") or config.has_budget
+        require = trial_calls.require_gradient if derives else trial_calls.require_call
+        require(dense.model, dense.config_json, str(folder / "config.json"))
     metrics = outputs.metrics[0] if outputs.metrics else None
     request = table_requests.request_of(config, context, tokens, start=inputs.start, memory_key=MEMORY_LIMIT_KEY)
     result = job.run_job(request, dense, tokens, outputs=outputs, metrics=metrics, context=context)

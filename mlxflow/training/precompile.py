@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +11,8 @@ from mlxflow.data.token_file import Rows
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import reason_of
-from mlxflow.training.step import Step, put_random_key
+from mlxflow.ops.random_state import same_random_state
+from mlxflow.training.step import Step
 
 
 def precompile_step(
@@ -57,10 +57,9 @@ def _do(step: Step, rows: Rows, *, is_one_pass: bool) -> None:
 def restored(model: nn.Module) -> Iterator[None]:
     """Restore the model's weights and MLX's random state when the block ends."""
     weights = tree_map(lambda leaf: leaf, model.parameters())
-    (key,) = cast("Any", mx.random.state)
-    try:
-        yield
-    finally:
-        model.update(weights)
-        model.train()
-        put_random_key(key)
+    with same_random_state():
+        try:
+            yield
+        finally:
+            model.update(weights)
+            model.train()

@@ -8,7 +8,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlxflow.training.step import put_random_key
+from mlxflow.ops.random_state import put_random_key
 
 Key = tuple[int, int]
 

@@ -6,12 +6,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.ops.random_state import put_random_key
 from mlxflow.training.batch_size import BatchSizes
 from mlxflow.training.checkpoints import Checkpoint
 from mlxflow.training.gradient_packing import Gradients
 from mlxflow.training.restoring import arrays_problem, facts_problem, sizes_problem
 from mlxflow.training.run_state import RunState
-from mlxflow.training.step import Step, put_random_key
+from mlxflow.training.step import Step
 
 
 class Snapshots:

@@ -11,7 +11,14 @@ import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.models import adapter_files, gguf_reading, model_folder, quantized_layers, tokenizer_files
+from mlxflow.models import (
+    adapter_files,
+    gguf_reading,
+    model_folder,
+    quantized_layers,
+    tokenizer_files,
+    trial_calls,
+)
 from mlxflow.models.new_model import ModelConfig, new_config
 from mlxflow.models.vocabulary_growth import grow_vocabulary
 from mlxflow.storage import config_json
@@ -90,7 +97,7 @@ def make_model(
 
     Raises:
         ArtifactError: a new model does not fit into the memory; the folder holds no model, its model or tokenizer does
-            not fit the tokens, or it does not fit the method or `fuse`.
+            not fit the tokens, or it does not fit the method or `fuse`; the model cannot be called or derived.
         WorkflowError: a pattern of `lora.keys` names no layer.
     """
     if source.folder is not None:
@@ -111,6 +118,8 @@ def make_model(
     cast_weights(model, settings)
     model.train()
     mx.eval(model.parameters())
+    described = str(source.folder / "config.json") if source.folder else names.of("model")
+    trial_calls.require_gradient(model, config, described)
     config = config_json.with_ends(config, tokens.end_tokens)
     dtype = str(dtype_of(settings)).rpartition(".")[2]
     return StartingModel(model, config_json.with_dtype(config, dtype), adapter_config)

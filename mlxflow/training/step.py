@@ -214,9 +214,3 @@ def accumulate(
         so_far = step.add(so_far, tokens[begin:end], marks[begin:end])
         after_each(so_far)
     return cast("Gradients", so_far)
-
-
-def put_random_key(key: mx.array) -> None:
-    """Set MLX's random state to a key, (2,), such as `mx.random.state` holds."""
-    high, low = cast("list[int]", key.tolist())
-    mx.random.seed((high << 32) | low)  # MLX makes a key from the two halves of a seed

@@ -1,0 +1,71 @@
+"""Trial calls of a model, which compute nothing: the code of an architecture may fail for its config, or on a device.
+
+MLX builds the graph of a call at once and computes it later, so shapes, missing kernels and missing gradients are found
+in milliseconds, before anything is read or trained.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.models import config_fields
+from mlxflow.ops.random_state import same_random_state
+from mlxflow.storage.toml_tables import toml_value
+
+_TOKENS = 2
+
+
+def require_call(model: nn.Module, config: Mapping[str, Any], name: str) -> None:
+    """Call a model with a few tokens, without a cache, as training and measuring do.
+
+    Args:
+        model: its weights are not read.
+        config: its `config.json`.
+        name: of that file or of the setting that describes the model, for the message.
+
+    Raises:
+        ArtifactError: the call fails.
+    """
+    with _reported(config, name, "mlx-lm cannot run that here"), same_random_state():
+        model(mx.zeros((1, _TOKENS), mx.int32))
+
+
+def require_gradient(model: nn.Module, config: Mapping[str, Any], name: str) -> None:
+    """Call a model as `require_call` does, and derive its result by the trainable weights.
+
+    Args:
+        model: its weights are not read.
+        config: its `config.json`.
+        name: of that file or of the setting that describes the model, for the message.
+
+    Raises:
+        ArtifactError: the call fails, or MLX has no gradient of an operation of the model.
+    """
+    require_call(model, config, name)
+    tokens, weights = mx.zeros((1, _TOKENS), mx.int32), model.trainable_parameters()
+    if not weights:
+        return
+
+    def total(traced: Any) -> mx.array:
+        model.update(traced)
+        return cast("mx.array", model(tokens).sum())
+
+    with _reported(config, name, "MLX cannot train that"), same_random_state():
+        try:
+            mx.grad(total)(weights)
+        finally:
+            model.update(weights)
+
+
+@contextmanager
+def _reported(config: Mapping[str, Any], name: str, problem: str) -> Iterator[None]:
+    try:
+        yield
+    except config_fields.BUILD_ERRORS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        kind = toml_value(config.get("model_type"))
+        raise ArtifactError(f"{name}: model_type = {kind}: {problem} ({reason}). Name another model.") from error
