@@ -34,6 +34,7 @@ _ADVICE = "Fix the file, or name another model."
 _MOST, _MOST_ITEMS, _MOST_SHOWN = 2**31 - 1, 100_000, 60
 
 _LAYERS = re.compile(r"(num|n)_(hidden_|transformer_|decoder_|encoder_)?layers?")
+_FRACTIONS = re.compile(r"factor|ratio|scal(e|ing)|theta|eps(ilon)?$")
 _AT_LEAST_ONE = {"hidden_size", "vocab_size", "num_attention_heads", "n_head", "n_heads", "n_embd", "d_model", "dim"}
 
 
@@ -114,9 +115,20 @@ def mistakes(cls: Any, params: Mapping[str, Any]) -> list[str]:
             continue
         value = params[name]
         expected = _bounds(name, value) or _mismatch(value, hint)
-        if expected:
+        if expected and not _is_taken_nevertheless(name, value, hint):
             lines.append(f"{name} = {_shown(value)}: expected {expected}")
     return lines
+
+
+def _is_taken_nevertheless(name: str, value: Any, hint: Any) -> bool:
+    """Return whether mlx-lm's class takes a value that its annotation excludes.
+
+    Real configs have a pattern of layers as text (`hybrid_override_pattern` of nemotron_h, declared as a list) and
+    fractions of what is declared a whole number (`partial_rotary_factor` of mimo_v2_flash).
+    """
+    if isinstance(value, str):
+        return not _mismatch([value], hint)
+    return isinstance(value, float) and math.isfinite(value) and _FRACTIONS.search(name) is not None
 
 
 def _suspects(cls: Any, params: Mapping[str, Any]) -> list[str]:

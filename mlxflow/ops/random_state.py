@@ -1,4 +1,4 @@
-"""MLX's random state as a key that can be kept and put back."""
+"""Keep and restore the random state of MLX, which is a key."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -38,6 +39,22 @@ def test_a_value_of_the_wrong_type_is_named(llama_folder: Path, name: str) -> No
     changes, expected = VALUES[name]
     (llama_folder / "config.json").write_text(json.dumps(LLAMA | changes))
     assert problem(llama_folder) == f"model/config.json: {expected}. {ADVICE}"
+
+
+def test_what_real_configs_have_is_taken_though_mlx_lm_declares_another_type() -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 128}
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 8, "conv_kernel": 4, "n_groups": 1}
+    flags = dict.fromkeys(("attention_bias", "mamba_proj_bias", "mlp_bias", "use_bias", "use_conv_bias"), False)
+    own = {"model_type": "nemotron_h", "hybrid_override_pattern": "M*-", "vocab_size": 64, "layer_norm_epsilon": 1e-5}
+    config = {**sizes, **mamba, **flags, **own, "max_position_embeddings": 64, "num_hidden_layers": 3}
+    assert len(model_folder.build(config, seed=0).layers) == 3
+    hints = type("Hints", (), {"__annotations__": {"partial_rotary_factor": int, "names": list[str]}})
+    cls: type = dataclasses.dataclass(hints)
+    assert config_fields.mistakes(cls, {"partial_rotary_factor": 0.334, "names": "ab"}) == []
+    assert config_fields.mistakes(cls, {"partial_rotary_factor": "1", "names": 1}) == [
+        'partial_rotary_factor = "1": expected a whole number',
+        "names = 1: expected a list",
+    ]
 
 
 def test_every_wrong_value_has_a_line_of_its_own(llama_folder: Path) -> None:
