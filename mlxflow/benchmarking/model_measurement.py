@@ -173,7 +173,7 @@ class ComparedModels(NamedTuple):
         if self.validation is None:
             return msgspec.structs.replace(_speed_row(reference, speed), **sizes)
         tokens = TokenFile.open(self.validation)
-        model = _load(path.parent)
+        model = _load(path.parent, vocab_size=tokens.vocab_size)
         masks = document_mask.masks_conversations(model, tokens)
         rows = tokens.rows.head(most_rows)
         measured = measure_model(model, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
@@ -204,10 +204,10 @@ class ComparedModels(NamedTuple):
         }
 
 
-def _load(folder: Path) -> nn.Module:
-    """Return a model with lazy weights; reading them raises an error if they do not fit."""
+def _load(folder: Path, *, vocab_size: int = 0) -> nn.Module:
+    """Return a model with lazy weights, to be given so many ids; reading them raises an error if they do not fit."""
     model, config = model_folder.load(folder, lazy=True)
-    trial_calls.require_call(model, config, str(folder / "config.json"))
+    trial_calls.require_call(model, config, str(folder / "config.json"), vocab_size=vocab_size)
     return model
 
 

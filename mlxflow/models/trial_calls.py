@@ -13,39 +13,68 @@ import mlx.nn as nn
 
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import config_fields
+from mlxflow.ops import patching
+from mlxflow.ops.module_caches import restored_caches
 from mlxflow.ops.random_state import same_random_state
 from mlxflow.storage.toml_tables import toml_value
 
 _TOKENS = 2
 
 
-def require_call(model: nn.Module, config: Mapping[str, Any], name: str) -> None:
+def require_call(model: nn.Module, config: Mapping[str, Any], name: str, *, vocab_size: int = 0) -> None:
     """Call a model with a few tokens, without a cache, as training and measuring do.
 
     Args:
         model: its weights are not read.
         config: its `config.json`.
         name: of that file or of the setting that describes the model, for the message.
+        vocab_size: number of ids, V, that it will be given: MLX reads any memory for an id without a row.
 
     Raises:
-        ArtifactError: the call fails.
+        ArtifactError: the call fails, or the embedding of the ids has fewer rows.
     """
-    with _reported(config, name, "mlx-lm cannot run that here"), same_random_state():
-        model(mx.zeros((1, _TOKENS), mx.int32))
+    tokens = mx.zeros((1, _TOKENS), mx.int32)
+    with _reported(config, name, "mlx-lm cannot run that here"), same_random_state(), embeddings_of(tokens) as rows:
+        model(tokens)
+    if rows and min(rows) < vocab_size:
+        raise ArtifactError(
+            f"{name}: the embedding of the model has {min(rows):,} rows, the tokens have {vocab_size:,} ids. "
+            "Name another model, or tokens of its own tokenizer."
+        )
 
 
-def require_gradient(model: nn.Module, config: Mapping[str, Any], name: str) -> None:
+@contextmanager
+def embeddings_of(tokens: mx.array) -> Iterator[list[int]]:
+    """Yield the numbers of rows of the embeddings that are given some ids until the block ends."""
+    rows: list[int] = []
+
+    def recording(plain: Any) -> Any:
+        def call(self: Any, x: mx.array) -> Any:
+            if x is tokens:
+                rows.append(self.weight.shape[0])
+            return plain(self, x)
+
+        return call
+
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    replaced = [(kind, "__call__", recording(vars(kind)["__call__"])) for kind in kinds]
+    with patching.attributes(*replaced, by=__name__):
+        yield rows
+
+
+def require_gradient(model: nn.Module, config: Mapping[str, Any], name: str, *, vocab_size: int = 0) -> None:
     """Call a model as `require_call` does, and derive its result by the trainable weights.
 
     Args:
         model: its weights are not read.
         config: its `config.json`.
         name: of that file or of the setting that describes the model, for the message.
+        vocab_size: see `require_call`.
 
     Raises:
-        ArtifactError: the call fails, or MLX has no gradient of an operation of the model.
+        ArtifactError: the call fails, or MLX has no gradient of an operation; see `require_call`.
     """
-    require_call(model, config, name)
+    require_call(model, config, name, vocab_size=vocab_size)
     tokens, weights = mx.zeros((1, _TOKENS), mx.int32), model.trainable_parameters()
     if not weights:
         return
@@ -54,7 +83,7 @@ def require_gradient(model: nn.Module, config: Mapping[str, Any], name: str) -> 
         model.update(traced)
         return cast("mx.array", model(tokens).sum())
 
-    with _reported(config, name, "MLX cannot train that"), same_random_state():
+    with _reported(config, name, "MLX cannot train that"), same_random_state(), restored_caches(model):
         try:
             mx.grad(total)(weights)
         finally:

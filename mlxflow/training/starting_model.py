@@ -119,7 +119,7 @@ def make_model(
     model.train()
     mx.eval(model.parameters())
     described = str(source.folder / "config.json") if source.folder else names.of("model")
-    trial_calls.require_gradient(model, config, described)
+    trial_calls.require_gradient(model, config, described, vocab_size=tokens.vocab_size)
     config = config_json.with_ends(config, tokens.end_tokens)
     dtype = str(dtype_of(settings)).rpartition(".")[2]
     return StartingModel(model, config_json.with_dtype(config, dtype), adapter_config)

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlxflow.ops.module_caches import restored_caches
 from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training.batch_size import split
 from mlxflow.training.frozen_shards import FrozenShards
@@ -67,7 +68,7 @@ class Step:
 
         def compute(tokens: mx.array, *others: mx.array) -> Gradients:
             weights = model.trainable_parameters()
-            with replaced_operations(model, tokens, overrides):
+            with restored_caches(model), replaced_operations(model, tokens, overrides):
                 (total, count), tree = mx.value_and_grad(loss)(weights, tokens, *others)
             model.update(weights)  # the original weights, not those of the transformation
             return Gradients(total, count, tree)

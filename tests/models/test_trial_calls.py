@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from benchmarks.architecture_configs import config_of
+from benchmarks.architecture_configs import VOCAB_SIZE, config_of
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import model_folder, trial_calls
 from tests.conftest import mlxflow
@@ -37,6 +37,21 @@ def test_a_model_without_a_gradient_is_named() -> None:
         'train.model: model_type = "deepseek_v41": MLX cannot train that (ValueError: [gather_axis] Cannot calculate '
         "VJP with respect to indices. Use stop_gradient on indices to stop gradients from being computed.). "
         "Name another model."
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+def test_an_id_without_a_row_is_refused(architecture: str) -> None:
+    config = config_of(architecture)
+    model = model_folder.build(config, seed=0)
+    trial_calls.require_gradient(model, config, "m/config.json", vocab_size=VOCAB_SIZE)
+    if architecture == "llama":
+        nn.quantize(model, group_size=32, bits=4)
+    with pytest.raises(ArtifactError) as caught:
+        trial_calls.require_call(model, config, "m/config.json", vocab_size=VOCAB_SIZE + 1)
+    assert str(caught.value) == (
+        "m/config.json: the embedding of the model has 128 rows, the tokens have 129 ids. "
+        "Name another model, or tokens of its own tokenizer."
     )
 
 

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import pytest
 
 from benchmarks.architecture_configs import config_of
+from mlxflow.messages.errors import CallError
 from mlxflow.models import model_folder
 from mlxflow.quantization import gptq
 from mlxflow.quantization.codec import Packed
@@ -35,3 +36,23 @@ def test_gptq_by_blocks_gives_the_codes_of_the_whole_model_at_once(
     for path, codes in whole.items():
         for own, part in codes._asdict().items():
             assert mx.array_equal(getattr(by_blocks[path], own), part), f"{path}.{own}"
+
+
+def test_rows_that_do_not_determine_a_hessian_are_named() -> None:
+    model = model_folder.build(config_of("llama"), seed=0)
+    model.model.embed_tokens.weight = mx.zeros_like(model.model.embed_tokens.weight)
+    with pytest.raises(CallError) as caught:
+        _learn(model, {"model.layers.0.mlp.up_proj": Setting("affine", 4, 32)})
+    assert str(caught.value).startswith("quantize.method: [")
+    assert str(caught.value).endswith(". Calibrate on more rows (calibration_rows).")
+
+
+def test_a_layer_that_is_not_computed_is_an_error() -> None:
+    model = model_folder.build(config_of("llama"), seed=0)
+    model.layers[0].mlp.unused = nn.Linear(64, 64)
+    with pytest.raises(CallError) as caught:
+        _learn(model, {"model.layers.0.mlp.unused": Setting("affine", 4, 32)})
+    assert str(caught.value) == (
+        "quantize.method: a layer is not computed on the calibration rows. Calibrate on longer rows, or set another "
+        "method."
+    )

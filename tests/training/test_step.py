@@ -11,7 +11,9 @@ from mlxflow.training.gradient_packing import Gradients
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.step import Step
 from mlxflow.training.update import Update
+from tests.ops.test_module_caches import Caching
 from tests.small_models import llama
+from tests.training.small_training import make_trainer
 
 
 def _model(seed: int = 0) -> nn.Module:
@@ -164,3 +166,23 @@ def test_master_weights_keep_updates_that_pure_bf16_rounds_away() -> None:
     shown = [value.reshape(-1).astype(mx.float32) for value in _weights(model).values()]
     assert mx.array_equal(mx.sort(numbers), mx.sort(mx.concatenate(shown)))
     assert moved[True] > 1.2 * moved[False]
+
+
+class _CachingModel(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 4)
+        self.norm = Caching()
+        self.head = nn.Linear(4, 50)
+        self.layers: list[nn.Module] = []
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        result: mx.array = self.head(self.norm(self.embedding(tokens)))
+        return result
+
+
+def test_a_model_that_keeps_arrays_of_frozen_weights_can_be_trained() -> None:
+    model = _CachingModel()
+    model.norm.freeze()
+    make_trainer(lambda record: None, model=model).run()
+    assert mx.array_equal(model.norm(mx.ones(4)), mx.full(4, 2.0))
