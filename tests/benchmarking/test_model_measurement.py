@@ -22,10 +22,10 @@ def test_a_model_that_does_not_fit_has_an_error_and_the_others_are_measured(
 ) -> None:
     load = model_measurement._load
 
-    def loads(folder: Path) -> Any:
+    def loads(folder: Path, **options: Any) -> Any:
         if folder.name == "q4":
             raise RuntimeError("[malloc] Unable to allocate 777777 bytes.")
-        return load(folder)
+        return load(folder, **options)
 
     monkeypatch.setattr(model_measurement, "_load", loads)
     dense, q4 = _models(built).measure(FREE)
