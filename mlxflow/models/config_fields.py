@@ -38,6 +38,11 @@ _FRACTIONS = re.compile(r"factor|ratio|scal(e|ing)|theta|eps(ilon)?$")
 _AT_LEAST_ONE = {"hidden_size", "vocab_size", "num_attention_heads", "n_head", "n_heads", "n_embd", "d_model", "dim"}
 
 
+def kind_and_reason(error: BaseException) -> str:
+    """Return the class of an error of another library and its message, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 class Guarded:
     """A stand-in for mlx-lm's two classes of an architecture that checks the settings first.
 
@@ -86,9 +91,8 @@ class Guarded:
             with patching.attributes((BaseModelArgs, "from_dict", classmethod(from_dict)), by=__name__):
                 yield
         except BUILD_ERRORS as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             odd = "".join(f"{suspect}, " for suspect in self._suspects[:4])
-            kind = toml_value(self._root.get("model_type"))
+            kind, reason = toml_value(self._root.get("model_type")), kind_and_reason(error)
             raise ArtifactError(
                 f"{self._file}: {odd}model_type = {kind}: mlx-lm cannot build that ({reason}). {_ADVICE}"
             ) from error

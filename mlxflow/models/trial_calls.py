@@ -95,6 +95,5 @@ def _reported(config: Mapping[str, Any], name: str, problem: str) -> Iterator[No
     try:
         yield
     except config_fields.BUILD_ERRORS as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        kind = toml_value(config.get("model_type"))
+        kind, reason = toml_value(config.get("model_type")), config_fields.kind_and_reason(error)
         raise ArtifactError(f"{name}: model_type = {kind}: {problem} ({reason}). Name another model.") from error

@@ -78,9 +78,15 @@ def test_a_rank_on_another_host_gets_the_files_and_trains_the_same_bytes(
     assert train_on_hosts() == trained_alone[1]
     said = capfd.readouterr().err
     assert re.search(r"^rank 1 on otherhost: copies \d+ files, [\d,]+ bytes$", said, re.M)
-    ended = r"^train: rank 1 on otherhost ended with signal SIGKILL at step \d+ \(.*restart 1 of 3\)$"
-    assert re.search(ended, said, re.M)
-    assert re.search(r"^rank 0: train: resumes from step \d+ \(", said, re.M)
+    ended = re.search(
+        r"^train: rank 1 on otherhost ended with signal SIGKILL at step (\d+) \(.*restart 1 of 3\)$", said, re.M
+    )
+    resumed = re.search(r"^rank 0: train: resumes from step (\d+) \(", said, re.M)
+    assert ended is not None
+    assert resumed is not None
+    # from a checkpoint, one of every second step; the signal strikes when the supervisor hears of step 7, or later
+    assert int(ended[1]) - 4 <= int(resumed[1]) <= int(ended[1])
+    assert int(resumed[1]) in (4, 6, 8, 10)
     names = {path.name for path in _copy_of(other_host).rglob("*") if path.is_file()}
     assert {"train.safetensors", "tokenizer.json", "state.safetensors"} <= names
 

@@ -133,11 +133,7 @@ def test_the_peak_of_steps_is_predicted_within_5_percent_and_is_more_than_that_o
     with monkeypatch.context() as patch:
         patch.setattr(memory_forecast, "_AHEAD", {"cpu": Ahead(0), "gpu": Ahead(0)})
         least = forecast_memory(subject, NONE, _rows()).peak_bytes
-    measured = 0.0
-    for _ in range(5):  # on a busy machine the host may be less far ahead
-        measured = max(measured, _measured(subject))
-        if expected.peak_bytes == pytest.approx(measured, rel=0.05):
-            break
+    measured = max(_measured(subject) for _ in range(2))  # where other work delays the host, it is less far ahead
     assert least * 0.98 <= measured
     assert expected.peak_bytes == pytest.approx(measured, rel=0.05)
 
