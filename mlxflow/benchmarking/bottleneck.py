@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mlxflow.benchmarking.step_runner import Parts
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.report.stage_reports.benchmark_rows import TrainingRow
 
 # Shares of a step above which waiting for data, or building the graph, is reported
@@ -94,5 +95,5 @@ def _of_batch_sizes(rows: Iterable[TrainingRow], own: int, table: str) -> Iterab
             yield Change(
                 gain,
                 f"set {table}.batch_size = {size}: {gain:.2f} times the tokens a second of {own} rows, "
-                f"in {figures.peak_memory_bytes / 1e9:.2f} GB",
+                f"in {show_bytes(figures.peak_memory_bytes)}",
             )

@@ -10,6 +10,7 @@ import numpy as np
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.device import compute_device
 from mlxflow.messages import terminal
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.ops import document_mask
 from mlxflow.quantization import teacher_logits
 from mlxflow.quantization.dense_model import DenseModel, identity_of
@@ -84,7 +85,7 @@ def taught_rows(
         count * tokens.context_length, num_likeliest=_LIKELIEST, vocab_size=tokens.vocab_size
     )
     if size > _MOST_BYTES:
-        terminal.say(f"{context.task}: the dense model runs in every step; its distributions are {size / 1e9:.0f} GB")
+        terminal.say(f"{context.task}: the dense model runs in every step; its distributions are {show_bytes(size)}")
         return None
     rows = tokens.rows
     if count < rows.num_rows:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxflow.device import compute_device, phase_peaks
 from mlxflow.messages import terminal
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.quantization.block_calls import find_blocks, kind_of_model
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.plan import quantizable_layers
@@ -167,7 +168,7 @@ def _held_lines(held: Mapping[str, float], unusual: str, *, task: str) -> Iterat
     """
     for part, size in held.items():
         why = unusual if part in ("gptq", "budget") else _TRAINS
-        yield f"{task}: {_HELD[part]}, {why}; that takes about {size / 1e9:.2g} GB"
+        yield f"{task}: {_HELD[part]}, {why}; that takes about {show_bytes(size)}"
 
 
 def kind_of(request: QuantizationRequest) -> str:

@@ -15,6 +15,7 @@ from mlxflow.data.token_file import Rows
 from mlxflow.distributed.team import of_this_process
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages import terminal
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.storage import atomic_folders, layout, report_structs, state_files
 from mlxflow.training import build, starting_model
 from mlxflow.training.settings import Recomputation
@@ -77,14 +78,14 @@ def choose_checkpointing(
         measured = trial(layers, rows) if layers.every == 1 or expected(layers.every) <= allowed else None
         if measured is not None and measured.peak_bytes <= allowed:
             return CheckpointingChoice(layers, _describe(layers, measured, expected(0), allowed))
-    line = f"every layer is recomputed, in pairs, and exceeds the {allowed / 1e9:.1f} GB allowed"
+    line = f"every layer is recomputed, in pairs, and exceeds the {show_bytes(allowed)} allowed"
     return CheckpointingChoice(Recomputation(1, 2), line)
 
 
 def _describe(layers: Recomputation, measured: StepTrial, everything: float, allowed: int) -> str:
-    speed = f"{measured.tokens / measured.seconds:,.0f} tokens/s with a peak of {measured.peak_bytes / 1e9:.1f} GB"
-    rest = f"; to keep all activations takes about {everything / 1e9:.1f} GB" if layers.every else ""
-    return f"{layers.words}: {speed}, {allowed / 1e9:.1f} GB allowed{rest}"
+    speed = f"{measured.tokens / measured.seconds:,.0f} tokens/s with a peak of {show_bytes(measured.peak_bytes)}"
+    rest = f"; to keep all activations takes about {show_bytes(everything)}" if layers.every else ""
+    return f"{layers.words}: {speed}, {show_bytes(allowed)} allowed{rest}"
 
 
 class _ReportedSettings(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels.model_kernels import ModelKernels
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.ops.graph_trace import Traced, Value, trace
 from mlxflow.training import build, graph_memory
 from mlxflow.training.graph_fusion import Graph, compiled
@@ -56,10 +57,10 @@ class MemoryForecast(NamedTuple):
         """
         step = f"a step with passes of {self.tokens:,} tokens"
         where = f"a validation, which takes more than {step}" if self.is_of_validation else step
-        peak = f"about {_gb(self.peak_bytes)} GB in {where}"
+        peak = f"about {show_bytes(self.peak_bytes)} in {where}"
         if self.peak_bytes <= limit_bytes:
-            return f"{peak}: fits into the {_gb(limit_bytes)} GB allowed"
-        return f"{peak}: does not fit into the {_gb(limit_bytes)} GB allowed. {advice}"
+            return f"{peak}: fits into the {show_bytes(limit_bytes)} allowed"
+        return f"{peak}: does not fit into the {show_bytes(limit_bytes)} allowed. {advice}"
 
     def advice(self, subject: build.Subject, rows: Rows) -> str:
         """Return what to do if it does not fit, a sentence.
@@ -69,10 +70,6 @@ class MemoryForecast(NamedTuple):
             rows: see there.
         """
         return memory_advice(subject.settings, subject.names, rows=rows.num_rows, in_validation=self.is_of_validation)
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.2f}" if number < 10e9 else f"{number / 1e9:.0f}"
 
 
 def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.text import Text
 
 from mlxflow.messages import terminal
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.training.recorder import Log
 
 
@@ -98,7 +99,7 @@ def figures(record: dict[str, Any]) -> list[str]:
     if record["kind"] == "batch_size":
         return [f"batch {record['batch_size']}"]
     loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
-    memory = f"{record['peak_memory_bytes'] / 1e9:.2f} GB"
+    memory = show_bytes(record["peak_memory_bytes"])
     rate = f"{record['learning_rate']:.1e}"
     return [f"loss {loss}", f"learning rate {rate}", f"{record['tokens_per_second']:,.0f} tokens/s", memory]
 

@@ -61,7 +61,7 @@ def test_as_many_layers_as_fit_keep_their_activations(subject: build.Subject, ro
     assert "to keep all activations takes about" in tight.line
     nothing = choose_checkpointing(subject, NONE, rows, limit_bytes=1000)
     assert nothing.layers == Recomputation(1, 2)
-    assert nothing.line == "every layer is recomputed, in pairs, and exceeds the 0.0 GB allowed"
+    assert nothing.line == "every layer is recomputed, in pairs, and exceeds the 1.0 kB allowed"
 
 
 def test_trials_leave_weights_and_random_state_as_they_were(subject: build.Subject, rows: Rows) -> None:

@@ -1,0 +1,19 @@
+"""Numbers of bytes in messages, in the unit in which they have digits."""
+
+
+def show_bytes(num_bytes: float) -> str:
+    """Return a number of bytes for a message, such as `12 GB`, `0.86 GB`, `40.1 MB` or `512 bytes`.
+
+    Memory is counted in GB down to a tenth, so that a peak and its limit can be compared at a glance.
+
+    Args:
+        num_bytes: of memory or of a file.
+    """
+    if num_bytes >= 10e9:
+        return f"{num_bytes / 1e9:,.0f} GB"
+    if num_bytes >= 0.1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:,.0f} bytes"
