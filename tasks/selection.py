@@ -12,6 +12,7 @@ from mlxflow.tasks.doit_backend import Journal
 from mlxflow.tasks.stage_store import StageStore
 from mlxflow.workflow.records import is_complete
 from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import report_of
 
 
 class Selection:
@@ -74,7 +75,9 @@ class Selection:
 
         record = self.record(node.task)
         if not is_complete(record):
-            refuse(f"{node.task}: never built here. {advise_build(node.task)}", 1)
+            is_built = report_of(node) is not None
+            what = "its artifact has no record of its run" if is_built else "never built here"
+            refuse(f"{node.task}: {what}. {advise_build(node.task)}", 1)
         if damage := list(damaged_outputs(node, record, self.cache, again=True)):
             refuse(
                 "\n".join([*damage, f"{node.task}: its artifact was changed after its run. {advise_build(node.task)}"]),

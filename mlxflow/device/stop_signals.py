@@ -1,7 +1,7 @@
 """A stop flag for SIGINT and SIGTERM, so that a run ends at a point from which it can continue."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -39,3 +39,15 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def saving_if_interrupted() -> Iterator[list[Callable[[], None]]]:
+    """Yield a list of functions, which are called if a signal ends the block by KeyboardInterrupt or SystemExit."""
+    functions: list[Callable[[], None]] = []
+    try:
+        yield functions
+    except (KeyboardInterrupt, SystemExit):
+        for save in functions:
+            save()
+        raise

@@ -180,6 +180,7 @@ def train_rounded(
             task=context.task,
             data_seed=derive_seed(context.seed, "train.batches"),
             memory_limit_bytes=context.memory_limit_bytes,
+            if_interrupted=context.if_interrupted,
         )
         packed = pack()
         mx.eval(packed)

@@ -1,6 +1,7 @@
 """What a method learns of a model with a plan: packed layers, and the figures of their training."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlxflow.quantization.apply import apply_plan
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel
 from mlxflow.quantization.distillation import teacher_of
+from mlxflow.quantization.learned_codes import LearnedCodes, learned_once
 from mlxflow.quantization.progress import show_parts
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
@@ -59,27 +61,33 @@ def learn_layers(
         context: of the stage.
         part: of the stage's work, for the files of a run that is resumed; empty for all of it.
     """
+    folder = context.unfinished / part if part else context.unfinished
     if request.method == "block":
-        learned = _learn_blocks(request, dense, layers, tokens, context, part)
+        learned = _learn_blocks(request, dense, layers, tokens, context, folder)
         if not request.scale_steps:
             return LearnedLayers(learned.packed, learned.errors, None, None)
-        tuned, teacher = _tune_scales(request, dense, layers, learned.packed, tokens, context)
+        tuned, teacher = _tune_scales(request, dense, layers, learned.packed, tokens, context, folder)
         return LearnedLayers(tuned.packed, learned.errors, tuned, teacher)
     if request.method in ("rtn", "qat"):
         return LearnedLayers({}, [], None, None)
     rows, _ = calibration_rows(request, tokens, context)
     seed = derive_seed(context.seed, "quantize.rows")
-    packed = calibrated.learn(
-        request.method,
-        dense.model,
-        dense.reopened,
-        layers,
-        rows.astype(mx.int32),
-        folder=context.unfinished / part if part else context.unfinished,
-        seed=seed,
-        key=context.task,
-    )
-    return LearnedLayers(packed, [], None, None)
+
+    def learn() -> LearnedCodes:
+        packed = calibrated.learn(
+            request.method,
+            dense.model,
+            dense.reopened,
+            layers,
+            rows.astype(mx.int32),
+            folder=folder,
+            seed=seed,
+            key=context.task,
+        )
+        return LearnedCodes(packed)
+
+    codes = learned_once(folder, context, learn) if request.method == "dwq" else learn()
+    return LearnedLayers(codes.packed, [], None, None)
 
 
 def calibration_rows(
@@ -105,7 +113,7 @@ def _learn_blocks(
     layers: Mapping[str, Setting],
     tokens: TokenFile,
     context: Context,
-    part: str,
+    folder: Path,
 ) -> block_method.LearnedBlocks:
     """Return the layers that the method "block" learns; its files make an interrupted run resume."""
     key = context.task
@@ -114,7 +122,7 @@ def _learn_blocks(
     asked = block_method.BlockRequest(
         num_steps=request.block_steps,
         seed=derive_seed(context.seed, "quantize.rows"),
-        folder=context.unfinished / part if part else context.unfinished,
+        folder=folder,
         identity=digest_json({"origin": origin, "device": context.device, "layers": settings}),
         name=BLOCK.format(key),
     )
@@ -132,24 +140,30 @@ def _tune_scales(
     packed: Mapping[str, Packed],
     tokens: TokenFile,
     context: Context,
+    folder: Path,
 ) -> tuple[TunedScales, TeacherFigures]:
     """Return packed layers with scales and biases trained to the dense model's distributions, which are cached."""
     ids, marks = calibration_rows(request, tokens, context)
     chosen = Rows(numpy_of(ids), numpy_of(marks))
     rows = chosen.tokens[:, :-1]
     teacher = teacher_of(dense, chosen, masks_documents=False, context=context)
-    student = dense.reopened()
-    apply_plan(student, layers, packed)
-    student.eval()
-    with show_parts(context.task, "tuning scales", request.scale_steps, "steps") as watch:
-        tuned = tune_scales(
-            student,
-            layers,
-            rows,
-            teacher,
-            num_steps=request.scale_steps,
-            batch_size=min(len(rows), max(1, block_method.TOKENS_PER_STEP // rows.shape[1])),
-            seed=derive_seed(context.seed, "quantize.scales"),
-            watch=lambda _, loss: watch(f"loss {loss:.3f}"),
-        )
-    return tuned, teacher.figures()
+
+    def learn() -> LearnedCodes:
+        student = dense.reopened()
+        apply_plan(student, layers, packed)
+        student.eval()
+        with show_parts(context.task, "tuning scales", request.scale_steps, "steps") as watch:
+            tuned = tune_scales(
+                student,
+                layers,
+                rows,
+                teacher,
+                num_steps=request.scale_steps,
+                batch_size=min(len(rows), max(1, block_method.TOKENS_PER_STEP // rows.shape[1])),
+                seed=derive_seed(context.seed, "quantize.scales"),
+                watch=lambda _, loss: watch(f"loss {loss:.3f}"),
+            )
+        return LearnedCodes(tuned.packed, (tuned.first_loss, tuned.last_loss))
+
+    codes = learned_once(folder, context, learn)
+    return TunedScales(codes.packed, request.scale_steps, *codes.figures), teacher.figures()

@@ -81,6 +81,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         published: the stage's existing artifact, if the stage is built again for a comparison; else None.
         begun: the value of the module's `begin`; None without one.
         digests: of the inputs as first read by this run.
+        if_interrupted: functions that are called if a signal ends the stage before its artifact is in place, to save
+            work for the next run; none in the copy that a child process of the stage gets.
         time_ranks: returns the speeds of a train stage on one process and on all ranks, measured in a number of
             updates; empty if the workflow has one rank, and in the copy that a child process of the stage gets.
     """
@@ -101,10 +103,12 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     published: Path | None = None
     begun: Any = None
     time_ranks: Callable[[str, int], tuple[RankSpeed, ...]] = no_rank_speeds
+    if_interrupted: list[Callable[[], None]] = msgspec.field(default_factory=list)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what a copy in another process is made of: it cannot start ranks, which takes the stages' modules."""
-        fields = {name: getattr(self, name) for name in self.__struct_fields__ if name != "time_ranks"}
+        own = ("time_ranks", "if_interrupted")
+        fields = {name: getattr(self, name) for name in self.__struct_fields__ if name not in own}
         return partial(type(self), **fields), ()
 
 

@@ -124,6 +124,7 @@ def run_job(
         task=context.task,
         data_seed=job.data_seed,
         memory_limit_bytes=context.memory_limit_bytes,
+        if_interrupted=context.if_interrupted,
     )
     fuse = decide_fuse(job.source.fuse, is_quantized=quantized_layers.is_quantized(start.model))
     weight_dtypes.widen_scales(start.model, settings)

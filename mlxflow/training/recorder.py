@@ -79,6 +79,11 @@ class Recorder:
         elapsed = time.perf_counter() - self._started
         return {"rank_waited_seconds": self.rank_waited_seconds, "elapsed_seconds": elapsed}
 
+    def has_validation(self, step: int) -> bool:
+        """Return whether the last recorded validation is that of a step."""
+        records = (json.loads(line) for line in reversed(self.lines))
+        return next((record["step"] for record in records if record["kind"] == "validation"), None) == step
+
     def write(self, record: dict[str, Any]) -> None:
         """Log a record, and keep it for checkpoints."""
         self.lines.append(json.dumps(record))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxflow.data.token_file import Rows, TokenFile
-from mlxflow.device.stop_signals import stop_on_signals
+from mlxflow.device.stop_signals import StopFlag, stop_on_signals
 from mlxflow.distributed.code_digest import code_digest
 from mlxflow.distributed.team import Team, of_this_process
 from mlxflow.kernels.model_kernels import ModelKernels
@@ -16,6 +16,7 @@ from mlxflow.storage.digests import digest_json
 from mlxflow.storage.run_context import Context
 from mlxflow.training import build, progress
 from mlxflow.training.batch_size import read_decisions
+from mlxflow.training.batches import TrainingData
 from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
@@ -52,6 +53,7 @@ def train(
     task: str,
     data_seed: int,
     memory_limit_bytes: int,
+    if_interrupted: list[Callable[[], None]],
 ) -> Result:
     """Train a model, from its last checkpoint if there is one.
 
@@ -62,6 +64,8 @@ def train(
         task: name of the stage, for the progress.
         data_seed: of the order of the rows.
         memory_limit_bytes: of MLX.
+        if_interrupted: gets a function that saves a checkpoint of the last step, for a signal before the model is
+            written.
 
     Raises:
         SystemExit: SIGINT or SIGTERM ended the run; a checkpoint is saved. Or this is a rank of a distributed run that
@@ -71,12 +75,7 @@ def train(
     """
     settings, table, team = subject.settings, subject.names.table, of_this_process()
     say = terminal.say if team.rank.is_first else _say_nothing
-    tokens, checkpoints = TokenFile.open(files.train), _store(files, settings, team, say)
-    own, validation = files.rows, TokenFile.open(files.validation).rows
-    if own is None:
-        data = build.make_data(tokens.rows, validation, settings, seed=data_seed, name_rows=tokens.name_rows)
-    else:
-        data = build.make_data(own, validation, settings, seed=data_seed)
+    checkpoints, data = _store(files, settings, team, say), _open_data(files, settings, data_seed)
     replay = read_decisions(files.replay, subject.names.of("replay")) if files.replay else ()
     with (
         progress.show_progress(task, num_steps=settings.num_steps, is_silent=not team.rank.is_first) as show,
@@ -101,9 +100,29 @@ def train(
             except Stopped as stopped:
                 say(f"{table}: {_describe_stop(stopped)}")
                 raise SystemExit(128 + (stop_requested.signal or signal.SIGTERM)) from stopped
+            if team.rank.is_first and (save := trainer.save_last):
+                if_interrupted.append(lambda: say(f"{table}: {_describe_stop(Stopped(result.steps, save()))}"))
+    _end_process(team, stop_requested)
+    return result
+
+
+def _end_process(team: Team, stop_requested: StopFlag) -> None:
+    """End a rank that is done, and a process that got a signal after the last check of the training.
+
+    Raises:
+        SystemExit: this is such a process.
+    """
     if not team.rank.is_first:
         raise SystemExit(0)
-    return result
+    if stop_requested():
+        raise SystemExit(128 + stop_requested.signal)
+
+
+def _open_data(files: RunFiles, settings: TrainingSettings, seed: int) -> TrainingData:
+    tokens, validation = TokenFile.open(files.train), TokenFile.open(files.validation).rows
+    if files.rows is not None:
+        return build.make_data(files.rows, validation, settings, seed=seed)
+    return build.make_data(tokens.rows, validation, settings, seed=seed, name_rows=tokens.name_rows)
 
 
 def _say_nothing(line: str) -> None:

@@ -89,6 +89,10 @@ class Trainer:
         data: the rows.
         session: the environment of the run.
         names: of the settings, for messages.
+
+    Attributes:
+        save_last: writes the checkpoint of the last step and returns its folder, even if the model was changed since;
+            None before the end of `run`.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Trainer:
         self._data = data
         self._session = session
         self._names = names
+        self.save_last: Callable[[], Path] | None = None
         self._facts = RunState()
         self._pending: deque[_Pending] = deque()
         self._recorder = Recorder(self._facts, sizes, session.log)
@@ -130,6 +135,7 @@ class Trainer:
             recorder=self._recorder,
             checkpoints=session.checkpoints,
             team=self._team,
+            stop_requested=session.stop_requested,
         )
 
     def run(self, checkpoint: Checkpoint | None = None) -> Result:
@@ -151,6 +157,7 @@ class Trainer:
         self._accumulator.begin(self._session.digests)
         if checkpoint is None:
             self._recorder.write(self._sizes.decisions[-1].record())
+        if self._validates and not self._recorder.has_validation(facts.step):  # or it was interrupted
             self._validate()
         self._avoid_too_many_rows()
         self._recorder.begin = time.perf_counter() - facts.seconds
@@ -162,6 +169,9 @@ class Trainer:
             self._batches.close()
         self._settle(0)
         self._facts.note_peak()
+        if self._team.exchange("end of the training", [int(self._session.stop_requested())]).any():
+            self._stop()
+        self.save_last = self._keep_last()
         self._accumulator.finish()
         self._step.end()
         if settings.keep == "best" and facts.best_step < facts.step and self._team.rank.is_first:
@@ -182,7 +192,7 @@ class Trainer:
         if facts.step % settings.lazy_eval_every == 0 or (facts.step - 1) % settings.log_every == 0:
             self._settle(1)  # one stays on the device, so that it is not idle
             self._session.on_step(facts.step)
-        if at_end or (settings.eval_every and facts.step % settings.eval_every == 0):
+        if self._validates:
             self._settle(0)
             with self._recorder.paused():
                 self._validate()
@@ -191,10 +201,27 @@ class Trainer:
         if not at_end and self._accumulator.stop_requested():
             self._stop()
 
+    @property
+    def _validates(self) -> bool:
+        """Whether a validation belongs to the current step."""
+        step, settings = self._facts.step, self._settings
+        is_regular = bool(settings.eval_every) and step % settings.eval_every == 0
+        return step in (0, settings.num_steps) or is_regular
+
     def _validate(self) -> None:
+        """Measure the validation loss; a signal meanwhile ends the run with a checkpoint of before."""
         self._team.batch_size = 0
         with self._step.whole_model():
-            self._validator.validate()
+            is_measured = self._validator.validate()
+        if not is_measured:
+            self._stop()
+
+    def _keep_last(self) -> Callable[[], Path]:
+        """Return a function that writes the checkpoint of the end; of ranks that share the state it is written now."""
+        if self._step.shards is None and self._step.layers is None:
+            return self._snapshot()
+        folder = self._save()  # the other ranks end soon, and their parts with them
+        return lambda: folder
 
     def _stop(self) -> NoReturn:
         raise Stopped(self._facts.step, self._save())
@@ -273,13 +300,16 @@ class Trainer:
         self._team.beat("checkpoint")
         with self._recorder.paused():
             self._facts.note_peak()
-            facts = self._facts
-            arrays = dict(tree_flatten(self._snapshots.arrays(self._accumulator.partial)))
-            name = f"{facts.step:06}" + (f"-{facts.rows_done:06}" if facts.rows_done else "")
-            saved_facts = vars(facts) | {"sizes": self._sizes.state()}
-            return self._session.checkpoints.save(
-                name, arrays, saved_facts, "".join(line + "\n" for line in self._recorder.lines)
-            )
+            return self._snapshot()()
+
+    def _snapshot(self) -> Callable[[], Path]:
+        """Return a function that writes a checkpoint of the present state; it holds the arrays, and nothing else."""
+        facts, store = self._facts, self._session.checkpoints
+        arrays = dict(tree_flatten(self._snapshots.arrays(self._accumulator.partial)))
+        name = f"{facts.step:06}" + (f"-{facts.rows_done:06}" if facts.rows_done else "")
+        saved_facts = vars(facts) | {"sizes": self._sizes.state()}
+        metrics = "".join(line + "\n" for line in self._recorder.lines)
+        return lambda: store.save(name, arrays, saved_facts, metrics)
 
     def unfit(self, checkpoint: Checkpoint) -> str:
         """Return why this run cannot continue from a checkpoint; empty if it can."""

@@ -1,5 +1,6 @@
 """Validations of a training run, the best weights so far, and early stopping."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import mlx.nn as nn
@@ -29,6 +30,7 @@ class Validator:
         recorder: writes the records.
         checkpoints: stores the best weights, if the settings ask for them.
         team: the ranks of a distributed run, which share the rows.
+        stop_requested: whether a signal asks this process to end the run; checked between forward passes.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Validator:
         recorder: Recorder,
         checkpoints: CheckpointStore,
         team: Team = SOLO,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model = model
         self._rows = rows
@@ -49,14 +52,22 @@ class Validator:
         self._recorder = recorder
         self._checkpoints = checkpoints
         self._team = team
+        self._stop_requested = stop_requested
 
-    def _losses(self) -> "NDArray[np.float64]":
-        """Return the losses of all target tokens, in their order; each rank measures some of the rows."""
+    def _losses(self) -> "NDArray[np.float64] | None":
+        """Return the losses of all target tokens, in their order; each rank measures some of the rows.
+
+        Returns:
+            None if a signal asks any rank to end the run: then some of the rows were not measured.
+        """
         team, settings = self._team, self._settings
+        stops = False
 
         def is_own(part: int) -> bool:
+            nonlocal stops
             team.beat("validation")
-            return part % team.size == team.rank.number
+            stops = stops or (self._state.step > 0 and self._stop_requested())  # before step 1 nothing is lost
+            return part % team.size == team.rank.number and not stops
 
         own = part_losses(
             self._model,
@@ -65,12 +76,21 @@ class Validator:
             masks_documents=settings.masks_documents,
             is_wanted=is_own,
         )
+        if team.exchange("end of a validation", [int(stops)]).any():
+            return None
         return np.concatenate([np.empty(0), *team.take_turns(own)])
 
-    def validate(self) -> None:
-        """Measure the loss on the validation rows; random state and model stay unchanged."""
+    def validate(self) -> bool:
+        """Measure the loss on the validation rows; random state and model stay unchanged.
+
+        Returns:
+            whether it was measured; False if a signal asks to end the run.
+        """
         state, settings = self._state, self._settings
-        measured = perplexity_from(self._losses())
+        losses = self._losses()
+        if losses is None:
+            return False
+        measured = perplexity_from(losses)
         self._recorder.write(
             {"kind": "validation", "step": state.step, "loss": measured.loss, "perplexity": measured.perplexity}
         )
@@ -85,3 +105,4 @@ class Validator:
         else:
             state.validations_since_best += 1
             state.ended_early = bool(settings.patience) and state.validations_since_best >= settings.patience
+        return True

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from mlxflow.device import compute_device, cpu_backend, memory_errors, mlx_environment, resident_memory
+from mlxflow.device.stop_signals import saving_if_interrupted
 from mlxflow.distributed.rank import Rank, of_this_process
 from mlxflow.distributed.rank_failures import reported
 from mlxflow.messages import terminal
@@ -99,7 +100,12 @@ def _run(
         folder = ranked_execution.folder_of_rank(workflow, stage, rank)
     publishing = atomic_folders.publishing(folder, keep=lambda: ownership.foreign_names(folder))
     tracking = stage_tracking.tracked(workflow, stage, provenance, key, is_scratch=into is not None)
-    with remote_code.trusting_code(workflow.trusts_code(stage)), tracking as tracked, publishing as private:
+    with (
+        remote_code.trusting_code(workflow.trusts_code(stage)),
+        tracking as tracked,
+        saving_if_interrupted() as if_interrupted,
+        publishing as private,
+    ):
         tracked.begin()
         context = Context(
             task=stage.task,
@@ -118,6 +124,7 @@ def _run(
             published=_published(workflow.root / stage.folder) if into else None,
             begun=begun,
             time_ranks=partial(rank_timing.time_ranks, workflow),
+            if_interrupted=if_interrupted,
         )
         _make_artifact(stage, context, started, chosen, threads)
         _require_unchanged(workflow, stage, digests, identities, unfinished)

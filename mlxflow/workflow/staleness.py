@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 from mlxflow.data.sources import corpus_identity
 from mlxflow.device.compute_device import environment
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.messages.os_errors import ABSENT, reason_of
-from mlxflow.storage import model_files
+from mlxflow.storage import layout, model_files
 from mlxflow.storage.digests import DigestCache, digest_json
 from mlxflow.storage.paths import printable, record_name
+from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.outputs import damaged_outputs
 from mlxflow.workflow.records import FORGOTTEN, is_complete
 from mlxflow.workflow.stage_node import Node
@@ -27,6 +29,7 @@ from mlxflow.workflow.staleness_reasons import (
 
 _FORGOTTEN = "forgotten by doit forget"
 _OLDER = "its record is of an older version"
+_UNRECORDED = "its artifact has no record: its last run was interrupted, or doit did not start it"
 
 #: The key of a record made from a report.
 _PROVENANCE = "provenance"
@@ -68,6 +71,18 @@ def record_of_report(provenance: dict[str, Any]) -> dict[str, Any]:
     return {_PROVENANCE: provenance} if provenance else {}
 
 
+def report_of(node: Node) -> dict[str, Any] | None:
+    """Return the table `stage` of the artifact's report, empty if it cannot be read; None if there is no report."""
+    path = node.root / node.folder / layout.REPORT
+    if not path.is_file():
+        return None
+    try:
+        table = read_report(path).get("stage")
+    except (ArtifactError, OSError):
+        table = None
+    return table if isinstance(table, dict) else {}
+
+
 def reasons(
     node: Node, record: dict[str, Any], cache: DigestCache, *, leave_out: tuple[str, ...] = ()
 ) -> Iterator[str]:
@@ -83,7 +98,13 @@ def reasons(
         yield from _reasons_by_report(node, provenance, cache, leave_out)
         return
     if not is_complete(record):
-        yield "never built" if not record else _FORGOTTEN if FORGOTTEN in record else _OLDER
+        if record:
+            yield _FORGOTTEN if FORGOTTEN in record else _OLDER
+        elif (made := report_of(node)) is None:
+            yield "never built"
+        else:
+            yield _UNRECORDED
+            yield from _reasons_by_report(node, made, cache, leave_out)
         return
     settings = observe_settings(node)
     if settings != record["settings"]:

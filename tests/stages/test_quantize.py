@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from mlxflow.messages.errors import ArtifactError, StageError, UserError, Workfl
 from mlxflow.models import model_folder
 from mlxflow.models.model_folder import load
 from mlxflow.models.quantized_layers import dense_weights, for_evaluation
+from mlxflow.quantization import job as quantization_job
 from mlxflow.quantization.aware_training import suited
 from mlxflow.quantization.table_requests import written_settings
 from mlxflow.stages.quantize import Config
@@ -182,6 +184,47 @@ def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest
     monkeypatch.undo()
     job.run(**table)
     assert (job.artifact / "model.safetensors").read_bytes() == whole
+
+
+_BRIEF = {"bits": 3, "calibration_rows": 16}
+_TAKES = "quantize: takes the layers that an interrupted run learned ("
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        (
+            {"method": "qat", "bits": 3, "num_steps": 4, "batch_size": 4, "training": "lora"},
+            "quantize: resumes from step 4 (",
+        ),
+        ({"method": "dwq", **_BRIEF}, _TAKES),
+        ({"method": "block", "block_steps": 2, "scale_steps": 2, **_BRIEF}, _TAKES),
+    ],
+    ids=["qat", "dwq", "scale_steps"],
+)
+def test_what_was_trained_is_not_lost_if_the_writing_of_the_model_is_interrupted(
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    table: dict[str, Any],
+    line: str,
+) -> None:
+    first = job.run(**table)
+    whole = (job.artifact / "model.safetensors").read_bytes()
+    shutil.rmtree(job.artifact)
+
+    def interrupted(*arguments: Any, **named: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(quantization_job, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(**table)
+    assert line not in capsys.readouterr().err
+    monkeypatch.undo()
+    second = job.run(**table)
+    assert line in capsys.readouterr().err
+    assert (job.artifact / "model.safetensors").read_bytes() == whole
+    assert second.get("scale_steps") == first.get("scale_steps")
 
 
 @pytest.mark.parametrize(

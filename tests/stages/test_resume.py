@@ -4,15 +4,25 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import mlxflow, rest_in_matrix
+from mlxflow.cli import command
+from mlxflow.models import model_folder
+from mlxflow.storage import atomic_folders, report_files, report_structs
+from mlxflow.training import model_artifact
+from mlxflow.training.validation import Validator
+from mlxflow.workflow.execution import execute_stage
+from mlxflow.workflow.loader import load_workflow
+from tests.conftest import mlxflow, rest_in_matrix, write_workflow
 
 TEXT = """
 [pretokenize]
@@ -49,8 +59,6 @@ def _start(folder: Path) -> "subprocess.Popen[str]":
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.conftest import write_workflow
-
     folder = tmp_path_factory.mktemp("whole")
     write_workflow(folder, TEXT)
     for stage in ("pretokenize", "train"):
@@ -67,8 +75,6 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _again(whole: Path, folder: Path) -> Path:
-    import shutil
-
     copy = Path(shutil.copytree(whole, folder / "copy"))
     shutil.rmtree(copy / "artifacts" / "train")
     return copy
@@ -144,3 +150,80 @@ def test_an_interrupted_doit_names_the_step_that_training_resumes_from(whole: Pa
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(10, 241, 10))
     assert _digests(folder / "artifacts" / "train") == _digests(whole / "artifacts" / "train")
+
+
+SHORT = TEXT.replace("num_steps = 240", "num_steps = 8").replace("save_every = 3", "save_every = 0")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without checkpoints."""
+    folder = tmp_path_factory.mktemp("short")
+    write_workflow(folder, SHORT)
+    for stage in ("pretokenize", "train"):
+        _run_here(folder, stage)
+    return folder
+
+
+def _run_here(folder: Path, stage: str = "train") -> Path:
+    workflow = load_workflow(folder / "workflow.toml")
+    return execute_stage(workflow, workflow.find(stage))
+
+
+def _interrupting(call: Callable[..., Any], number: int, after: int = 0) -> Callable[..., Any]:
+    """Return a function that a signal arrives in."""
+    calls_left = after
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls_left
+        calls_left -= 1
+        if calls_left == -1:
+            signal.raise_signal(number)
+        return call(*arguments, **named)
+
+    return interrupted
+
+
+# Where the signal arrives: the last of two validations, the writing of the model, its measurement, its publication
+MOMENTS: dict[str, tuple[Any, str, int]] = {
+    "validation": (Validator, "validate", 1),
+    "writing": (model_folder, "save", 0),
+    "measuring": (model_artifact, "measure_artifact", 0),
+    "report": (report_structs, "write", 0),
+    "publishing": (atomic_folders, "_flush_all", 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"), [*((moment, signal.SIGINT) for moment in MOMENTS), ("writing", signal.SIGTERM)]
+)
+def test_a_run_interrupted_after_its_last_step_loses_no_step(
+    short: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+    number: signal.Signals,
+) -> None:
+    folder = tmp_path / "job"
+    shutil.copytree(short, folder)
+    before = _digests(folder / "artifacts/train")
+    shutil.rmtree(folder / "artifacts/train")
+    owner, name, after = MOMENTS[moment]
+    monkeypatch.setattr(owner, name, _interrupting(getattr(owner, name), number, after))
+    signal.signal(signal.SIGTERM, command._terminate)
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            _run_here(folder)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.undo()
+    (checkpoint,) = _checkpoints(folder)
+    assert f"train: stopped after step 8; {checkpoint.parent} lets the next run" in capsys.readouterr().err
+    assert not (folder / "artifacts/train").exists()
+    assert _digests(_run_here(folder)) == before
+    assert f"train: resumes from step 8 ({checkpoint.parent})" in capsys.readouterr().err
+    metrics = (folder / "artifacts/train/metrics.jsonl").read_text().splitlines()
+    assert [one["step"] for one in map(json.loads, metrics) if one["kind"] == "validation"] == [0, 8]
+    assert report_files.read_report(folder / "artifacts/train/report.toml")["steps"] == 8
+    assert not _checkpoints(folder)

@@ -72,7 +72,10 @@ def test_without_the_state_the_lock_describes_measured_artifacts_too(folder: Pat
         f"last run: {tomllib.loads(report.read_text())['run']['seconds']:,} s" in doit(copy, "info", "profile").stdout
     )
     report.write_text(report.read_text().replace('settings_digest = "', 'settings_digest = "0'))
-    assert doit(copy, "plan").stdout.splitlines()[0] == "profile: never built"
+    assert doit(copy, "plan").stdout.splitlines()[0] == (
+        "profile: its artifact has no record: its last run was interrupted, or doit did not start it; "
+        "its settings, its code or MLX changed"
+    )
 
 
 def test_another_learning_rate_changes_the_lock_file(folder: Path, tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlxflow.device.stop_signals import StopFlag
 from mlxflow.kernels import model_kernels
@@ -37,12 +37,24 @@ def files(tmp_path: Path) -> RunFiles:
     return RunFiles(tokens, tokens, tmp_path / "metrics.jsonl", tmp_path / "checkpoints", {"train.num_steps": 6})
 
 
-def _train(files: RunFiles) -> tuple[Result, dict[str, mx.array]]:
+def _train(
+    files: RunFiles, if_interrupted: list[Callable[[], None]] | None = None
+) -> tuple[Result, dict[str, mx.array]]:
     model = small_model()
     build.prepare_model(model, SETTINGS, adapter_seed=0)
     subject = build.Subject(model, SETTINGS, 50, 8, SettingNames("train:a"))
-    result = train(subject, model_kernels.no_kernels(), files, task="train", data_seed=1, memory_limit_bytes=GB)
-    return result, dict(tree_flatten(model.parameters()))
+    result = train(
+        subject,
+        model_kernels.no_kernels(),
+        files,
+        task="train",
+        data_seed=1,
+        memory_limit_bytes=GB,
+        if_interrupted=[] if if_interrupted is None else if_interrupted,
+    )
+    trained = dict(tree_flatten(model.parameters()))
+    model.update(tree_map(mx.zeros_like, model.parameters()))  # as if its adapters were taken out, or it was rounded
+    return result, trained
 
 
 def _records(files: RunFiles) -> list[tuple[str, int]]:
@@ -89,6 +101,40 @@ def test_a_stopped_run_continues_to_the_same_weights(
     assert f"train:a: resumes from step {step} ({checkpoint})" in capsys.readouterr().err.splitlines()
     assert _records(files) == curve
     assert all(mx.array_equal(continued[name], value) for name, value in whole.items())
+
+
+def test_a_run_that_was_interrupted_after_its_end_continues_from_its_last_step(
+    files: RunFiles, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if_interrupted: list[Callable[[], None]] = []
+    first, whole = _train(files, if_interrupted)
+    curve = _records(files)
+    assert not list(files.checkpoints.glob("step-*"))
+    (save,) = if_interrupted
+    save()
+    (checkpoint,) = files.checkpoints.glob("step-*")
+    stopped, resumes = f"stopped after step 6; {checkpoint} lets the next run resume from there", "resumes from step 6"
+    assert capsys.readouterr().err.splitlines()[-1] == f"train:a: {stopped}"
+    second, continued = _train(files)
+    assert f"train:a: {resumes} ({checkpoint})" in capsys.readouterr().err.splitlines()
+    assert _records(files) == curve
+    assert second._replace(peak_memory_bytes=first.peak_memory_bytes) == first
+    assert all(mx.array_equal(continued[name], value) for name, value in whole.items())
+
+
+def test_a_signal_after_the_last_check_ends_the_run(files: RunFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def stopping() -> Iterator[StopFlag]:
+        flag = StopFlag()
+        yield flag
+        flag.signal = signal.SIGINT
+
+    monkeypatch.setattr(running, "stop_on_signals", stopping)
+    if_interrupted: list[Callable[[], None]] = []
+    with pytest.raises(SystemExit) as raised:
+        _train(files, if_interrupted)
+    assert raised.value.code == 128 + signal.SIGINT
+    assert len(if_interrupted) == 1
 
 
 def test_a_run_is_described_by_dotted_keys_and_its_inputs(tmp_path: Path) -> None:

@@ -196,3 +196,55 @@ def test_a_run_stopped_between_any_two_passes_resumes_to_the_same_bytes(tmp_path
     for kind, keys in (("validation", ["step", "loss"]), ("train", ["step", "loss", "tokens", "gradient_norm"])):
         told = [[record[key] for key in keys] for record in records_of(records, kind)]
         assert told == [[record[key] for key in keys] for record in records_of(whole_records, kind)]
+
+
+@pytest.mark.parametrize(("step", "part"), [(2, 0), (2, 1), (6, 0), (6, 1), (6, 2)])
+def test_a_run_stopped_in_a_validation_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, part: int
+) -> None:
+    """Part 2 is none: the signal arrives after the last forward pass of the last validation."""
+    settings: dict[str, Any] = {"eval_every": 2, "batch_size": 4, "keep": "best"}
+    whole_result, whole_records, whole = train_small(**settings, store=checkpoint_store(tmp_path / "whole"))
+    store = checkpoint_store(tmp_path)
+    first: Records = []
+    num_asked = 0
+
+    def asked() -> bool:  # within a validation, or at the end
+        nonlocal num_asked
+        num_asked += trainer._facts.step == step
+        return num_asked > part
+
+    trainer = make_trainer(first.append, store=store, asked=asked, **settings)
+    monkeypatch.setattr(trainer._accumulator, "stop_requested", lambda: False)
+    with pytest.raises(Stopped) as stopped:
+        trainer.run()
+    assert stopped.value.step == step
+    assert (records_of(first, "validation")[-1]["step"] == step) == (part == 2)
+    model = small_model()
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    records: Records = [json.loads(line) for line in checkpoint.metrics.splitlines()]
+    result = make_trainer(records.append, model=model, store=store, **settings).run(checkpoint)
+    assert bytes_of(model) == whole
+    assert (result.best_step, result.validations_since_best) == (
+        whole_result.best_step,
+        whole_result.validations_since_best,
+    )
+    for kind, keys in (("validation", ["step", "loss"]), ("train", ["step", "loss", "tokens", "gradient_norm"])):
+        told = [[record[key] for key in keys] for record in records_of(records, kind)]
+        assert told == [[record[key] for key in keys] for record in records_of(whole_records, kind)]
+
+
+@pytest.mark.parametrize("part", ["shards", "layers"])
+def test_ranks_that_share_the_state_write_the_checkpoint_of_the_last_step_before_they_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    store = checkpoint_store(tmp_path)
+    trainer = make_trainer(lambda record: None, store=store)
+    trainer.run()
+    assert store.latest() is None
+    monkeypatch.setattr(Step, part, "parts of other ranks")
+    folder = trainer._keep_last()()
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    assert (checkpoint.folder, checkpoint.facts["step"]) == (folder, 6)

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from mlxflow.storage.digests import DigestCache, digest_json
+from mlxflow.storage.report_files import write_report
 from mlxflow.workflow import staleness
 from mlxflow.workflow.outputs import observe_outputs
 from mlxflow.workflow.stage_node import Node
@@ -60,6 +61,20 @@ def test_without_record_and_report_a_stage_was_never_built(tmp_path: Path, cache
     node = _node(tmp_path, "train")
     for record in ({}, staleness.record_of_report({})):
         assert list(staleness.reasons(node, record, cache)) == ["never built"]
+
+
+def test_an_artifact_without_a_record_is_not_said_to_be_never_built(tmp_path: Path, cache: DigestCache) -> None:
+    """Its run was interrupted between publication and record, or it is an earlier run's, or made by `mlxflow run`."""
+    node = _node(tmp_path, "train", seed=1)
+    digests = {"settings_digest": digest_json(staleness.observe_settings(node)), "inputs_digest": digest_json({})}
+    report = tmp_path / node.folder / "report.toml"
+    write_report(report, {"stage": digests})
+    unrecorded = "its artifact has no record: its last run was interrupted, or doit did not start it"
+    assert list(staleness.reasons(node, {}, cache)) == [unrecorded]
+    other = _node(tmp_path, "train", seed=2)
+    assert list(staleness.reasons(other, {}, cache)) == [unrecorded, "its settings, its code or MLX changed"]
+    report.write_text("no = toml =")
+    assert next(iter(staleness.reasons(node, {}, cache))) == unrecorded
 
 
 def test_readers_of_a_stale_stage_are_stale(tmp_path: Path, cache: DigestCache) -> None:
