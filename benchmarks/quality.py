@@ -60,6 +60,7 @@ def main() -> None:
     run.add_argument("--seconds", type=float, default=float("inf"), help="after which no further row is begun")
     run.add_argument("--widths", default="4,3,2")
     run.add_argument("--group-size", type=int, default=64)
+    run.add_argument("--embedding-bits", type=int, default=0, help="of the embedding at each width; 0: as all others")
     run.add_argument("--methods", default=",".join(name for name in METHODS if name not in EXTRA))
     run.add_argument("--budgets", default="2.5,3.0,3.5", help=f"of {', '.join(map(str, UNIFORM))}")
     run.add_argument("--budget-methods", default="rtn", help="of the stage, such as rtn,block")
@@ -174,6 +175,8 @@ def _table(parsed: argparse.Namespace, row: Row, dense: Path, job: Path) -> dict
         table |= {"start": f"quantize:{block.variant}", "num_steps": parsed.scale_steps}
         table["batch_size"] = parsed.batch_size
         del table["calibration_rows"]
+    if parsed.embedding_bits and row.bits:
+        table["layers"] = [{"match": "*embed_tokens", "bits": parsed.embedding_bits}]
     if table.get("method") == "block":
         table["block_steps"] = parsed.block_steps
     if row.method == "e2e":

@@ -89,7 +89,8 @@ def _at_widths(parsed: argparse.Namespace, methods: list[str], seed: int) -> Ite
     for bits in map(int, parsed.widths.split(",")):
         for method in methods:
             if _has(method, bits):
-                yield Row(method, f"w{bits}g{parsed.group_size}", bits, parsed.group_size, 0.0, "", seed)
+                size = f"w{bits}g{parsed.group_size}" + (f"e{parsed.embedding_bits}" if parsed.embedding_bits else "")
+                yield Row(method, size, bits, parsed.group_size, 0.0, "", seed)
 
 
 def _at_budgets(parsed: argparse.Namespace, methods: list[str], seed: int) -> Iterator[Row]:

@@ -59,7 +59,7 @@ def test_the_table_compares_with_the_best_of_mlx_lm() -> None:
 def _arguments(**changes: Any) -> argparse.Namespace:
     usual = {
         "model": "m", "methods": "dense,rtn,gptq,dynamic,scales,uniform,budget", "widths": "3,2", "group_size": 64,
-        "budgets": "3.0", "budget_methods": "rtn", "seeds": "0,1",
+        "budgets": "3.0", "budget_methods": "rtn", "seeds": "0,1", "embedding_bits": 0, "calibration_rows": 4,
     }  # fmt: skip
     return argparse.Namespace(**(usual | changes))
 
@@ -81,6 +81,15 @@ def test_the_rows_are_what_each_method_has_and_have_names_of_their_own() -> None
     assert len({(row.variant, row.seed) for row in rows}) == len(rows)
     with pytest.raises(SystemExit, match="--methods: gtpq: expected some of dense, rtn"):
         list(rows_of(_arguments(methods="gtpq")))
+
+
+def test_the_embedding_may_have_other_bits_than_the_blocks(tmp_path: Path) -> None:
+    parsed = _arguments(methods="rtn", widths="2", embedding_bits=4)
+    row = next(rows_of(parsed))
+    assert row.size == "w2g64e4"
+    table = quality._table(parsed, row, tmp_path, tmp_path)
+    assert (table["bits"], table["layers"]) == (2, [{"match": "*embed_tokens", "bits": 4}])
+    assert "layers" not in quality._table(_arguments(methods="rtn"), row, tmp_path, tmp_path)
 
 
 def test_uniform_plans_have_the_size_of_their_budget() -> None:

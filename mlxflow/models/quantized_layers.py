@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import adapter_files
-from mlxflow.ops import mlx_lm_import
+from mlxflow.ops import mlx_lm_import, row_slices
 from mlxflow.storage import config_json
 
 
@@ -76,7 +76,7 @@ def dense_weight(layer: nn.Module) -> mx.array:
     if "scales" not in layer:
         weight: mx.array = layer.weight
         return weight
-    return mx.dequantize(
+    return row_slices.dequantized(
         layer.weight,
         layer.scales,
         layer.get("biases"),
@@ -123,9 +123,14 @@ def _unpacked(model: nn.Module) -> nn.Module:
     mlx_lm_import.prepare()
     from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
+    quantized = {path: layer for path, layer in model.named_modules() if "scales" in layer}
     dense: nn.Module = mlx_lm_import.mlx_lm_utils().dequantize_model(model)
+    layers = dict(dense.named_modules())
+    for path, layer in quantized.items():
+        if "scales" not in layers[path]:
+            layers[path].weight = dense_weight(layer)  # in slices
     dense_layers = []
-    for path, layer in dense.named_modules():
+    for path, layer in layers.items():
         if isinstance(layer, QuantizedMultiLinear):
             weight = dense_weight(layer)
             num_heads, output_dims, input_dims = weight.shape

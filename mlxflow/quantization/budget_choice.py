@@ -1,7 +1,7 @@
 """The plan of a model within a budget, by the method that will be used: its errors, and its measured plans."""
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.data.token_file import Rows, TokenFile
-from mlxflow.evaluation.dense_reference import Reference
-from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages import terminal
 from mlxflow.ops import document_mask
@@ -22,14 +20,14 @@ from mlxflow.quantization.calibrated import scaled_model
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.dense_model import DenseModel
 from mlxflow.quantization.grids import first_grid, pack_on
-from mlxflow.quantization.layer_inputs import with_codes
 from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.scale_groups import loading_in_fp32_on_cpu
 from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
 from mlxflow.quantization.settings import Setting
-from mlxflow.quantization.stored_codes import StoredCodes
+from mlxflow.quantization.stored_codes import StoredCodes, emptied
+from mlxflow.quantization.stored_divergence import StoredDivergence
 from mlxflow.quantization.streamed_gradients import GradientRows, Objective
 from mlxflow.report.stage_reports.quantize import BudgetFigures, BudgetPlanFigures
 from mlxflow.storage.host_arrays import numpy_of
@@ -38,9 +36,6 @@ from mlxflow.training.objective import make_objective
 
 # Rows whose gradients estimate the costs of a learned method
 _SENSITIVITY_ROWS = 32
-
-# Rows in a forward pass
-_BATCH_SIZE = 8
 
 # Uniform plans that are measured beside the mixed one: of a method that learns, the best by its estimated cost
 _UNIFORM = {"rtn": 3, "qat": 3}
@@ -106,18 +101,19 @@ def allocate(
     plans_made = bit_allocation.plans_within(room, costs, asked, most_uniform=_UNIFORM.get(request.method, 1))
     ids, marks = calibration_rows(request, tokens, context, skips=request.calibration_rows)
     rows = Rows(numpy_of(ids), numpy_of(marks))
-    reference = Reference.of(StreamedModel(loading_in_fp32_on_cpu(dense.reopened)))
+    measured = StoredDivergence(dense.reopened, rows, context.unfinished / "measured")
     tried: list[_Tried] = []
     for name, layers in plans_made.items():
         own = dense._replace(model=dense.reopened())
         learned = learn_layers(request, own, layers, tokens, context, part=f"plan-{len(tried)}")
-        codes = learned.packed | _rounded_layers(request, dense.reopened(), layers, known=learned.packed)
+        paths = list(learned.packed)
+        made = (emptied(learned.packed), _rounded_layers(request, dense.reopened(), layers, known=paths))
+        stored = measured.store(itertools.chain(*made))
         with _reopening(request, own) as load:
-            rounded = StreamedModel(loading_in_fp32_on_cpu(with_codes(load, layers, codes)))
-            measured = measure_divergence(reference, rounded, rows, batch_size=_BATCH_SIZE, masks_documents=False)
-        tried.append(_Tried(name, dict(layers), own, learned, measured.kl))
-        del codes, rounded
-        gc.collect()  # codes in reference cycles, before the next plan has its own
+            divergence = measured.of(load, layers, stored)
+        codes = stored.unread()  # and not those that were evaluated
+        learned = learned._replace(packed={path: codes[path] for path in paths})
+        tried.append(_Tried(name, dict(layers), own, learned, divergence))
     best = min(tried, key=lambda one: one.divergence)
     figures = BudgetFigures(
         measured_with="grids to begin with" if request.method == "qat" else request.method,
@@ -156,22 +152,18 @@ def _reopening(request: QuantizationRequest, own: DenseModel) -> Iterator[Callab
 
 
 def _rounded_layers(
-    request: QuantizationRequest, model: nn.Module, layers: Mapping[str, Setting], *, known: Mapping[str, Packed]
-) -> dict[str, Packed]:
-    """Return the codes of the layers without any, rounded one at a time; the model loses their weights."""
+    request: QuantizationRequest, model: nn.Module, layers: Mapping[str, Setting], *, known: Container[str]
+) -> Iterator[tuple[str, Packed]]:
+    """Yield the codes of the layers without any, rounded one at a time; the model loses their weights."""
     dense = quantizable_layers(model)
-    return {
-        path: _rounded(request.method, dense.pop(path).pop("weight"), setting)
-        for path, setting in layers.items()
-        if path not in known
-    }
+    for path, setting in layers.items():
+        if path not in known:
+            yield path, _rounded(request.method, dense.pop(path).pop("weight"), setting)
 
 
 def _rounded(method: str, weight: mx.array, setting: Setting) -> Packed:
     """Return the codes of a weight by a method that learns nothing before it trains."""
-    codes = pack_on(weight, setting, first_grid(weight, setting)) if method == "qat" else pack(weight, setting)
-    mx.eval(codes)
-    return codes
+    return pack_on(weight, setting, first_grid(weight, setting)) if method == "qat" else pack(weight, setting)
 
 
 def _costs(
@@ -213,9 +205,8 @@ def _learned_costs(
         what = f"{setting.bits} bits in groups of {setting.group_size}"
         terminal.say(f"{context.task}: errors of {request.method} with {what}, {number + 1} of {len(settings)}")
         layers = {path: setting for path, some in candidates.items() if setting in some}
-        own, packed = _codes(request, dense, layers, tokens, context, number)
-        stored.put(setting, packed)
-        del packed
+        own, codes = _codes(request, dense, layers, tokens, context, number)
+        stored.put(setting, codes)
         if request.method == "awq":  # its codes are of scaled weights
             scaled = loading_in_fp32_on_cpu(scaled_model(own.reopened, _folder(context, number)))
             yield projected_costs(scaled, {path: [setting] for path in layers}, stored.read, rows)
@@ -238,7 +229,7 @@ def _codes(
     tokens: TokenFile,
     context: Context,
     number: int,
-) -> tuple[DenseModel, dict[str, Packed]]:
+) -> tuple[DenseModel, Iterator[tuple[str, Packed]]]:
     """Return the codes that a method learns in a uniform plan, and the model that they stand for.
 
     Blocks are compensated and not trained, and scales are not tuned afterwards.
@@ -246,9 +237,9 @@ def _codes(
     own = dense._replace(model=dense.reopened())
     setting = next(iter(layers.values()))
     if request.method == "qat" or (request.method == "dwq" and setting.bits >= _DWQ_BITS):
-        return own, _rounded_layers(request, dense.reopened(), layers, known={})
+        return own, _rounded_layers(request, dense.reopened(), layers, known=())
     asked = request._replace(block_steps=0, scale_steps=0)
-    return own, learn_layers(asked, own, layers, tokens, context, part=_folder(context, number).name).packed
+    return own, emptied(learn_layers(asked, own, layers, tokens, context, part=_folder(context, number).name).packed)
 
 
 def _folder(context: Context, number: int) -> Path:

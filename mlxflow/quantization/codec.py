@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlxflow.ops.row_slices import dequantized
 from mlxflow.quantization.settings import Setting
 
 #: The smallest multiple of the unclipped scale that is tried, by bits: below it, clipping costs more than it saves.
@@ -63,7 +64,7 @@ def unpack(packed: Packed, setting: Setting, dtype: mx.Dtype | None = None) -> m
     scales, biases = packed.scales, packed.biases
     if biases is not None and dtype is not None:
         scales, biases = scales.astype(dtype), biases.astype(dtype)
-    return mx.dequantize(
+    return dequantized(
         packed.weight,
         scales,
         biases,

@@ -77,18 +77,18 @@ def other_weights(model: nn.Module, weights: Mapping[str, mx.array]) -> Iterator
 
 
 def with_codes(
-    load: Callable[[], nn.Module], plan: Mapping[str, Setting], packed: Mapping[str, Packed]
+    load: Callable[[], nn.Module], plan: Mapping[str, Setting], codes: Callable[[], Mapping[str, Packed]]
 ) -> Callable[[], nn.Module]:
     """Return a function that loads a dense model whose layers have the lazy weights of some codes.
 
     Args:
         load: returns the dense model, with lazy weights of its own.
         plan: module path to setting.
-        packed: codes of its layers by path.
+        codes: returns codes of its layers by path, with arrays of its own.
     """
 
     def loaded() -> nn.Module:
-        model = load()
+        model, packed = load(), codes()
         modules = dict(model.named_modules())
         for path, setting in plan.items():
             modules[path].weight = unpack(packed[path], setting, modules[path].weight.dtype)

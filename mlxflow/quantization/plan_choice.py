@@ -66,6 +66,7 @@ def choose(request: QuantizationRequest, dense: DenseModel, tokens: TokenPair | 
             Rows(numpy_of(ids), numpy_of(marks)),
             count=request.rotations,
             seed=derive_seed(context.seed, "quantize.rotations"),
+            folder=context.unfinished / "rotations",
             name=_ROTATIONS.format(key, request.rotations),
             task=key,
         )

@@ -1,24 +1,22 @@
 """Choose a rotation for a quantization: the best of several, if the rounded model loses less with it."""
 
-import gc
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.data.token_file import Rows
-from mlxflow.evaluation.dense_reference import Reference
-from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import CallError
 from mlxflow.quantization.codec import Packed, pack
-from mlxflow.quantization.layer_inputs import with_codes
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.rotations import Obstacles, Rotation, logits_difference, obstacles
-from mlxflow.quantization.scale_groups import loading_in_fp32_on_cpu
 from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.stored_divergence import StoredDivergence
 from mlxflow.report.stage_reports.quantize import RotationFigures
 
 # Difference of logits, see `logits_difference`, up to which a rotated model is the same
@@ -26,9 +24,6 @@ _TOLERANCE = 1e-4
 
 # Tokens of a row on which that is checked
 _CHECKED_TOKENS = 128
-
-# Rows in a forward pass
-_BATCH_SIZE = 8
 
 
 class RotationChoice(NamedTuple):
@@ -62,6 +57,7 @@ def choose_rotation(
     *,
     count: int,
     seed: int,
+    folder: Path,
     name: str,
     task: str,
 ) -> RotationChoice:
@@ -73,6 +69,7 @@ def choose_rotation(
         rows: to measure on.
         count: rotations to try.
         seed: of the first; the others have the numbers after it.
+        folder: for codes and hidden states; removed afterwards.
         name: of the setting that asks for them and its value, for messages.
         task: of the stage.
 
@@ -83,8 +80,11 @@ def choose_rotation(
     parts = {"R1": not found.residual, "R2": not found.heads}
     rotations = [Rotation(seed + number, parts["R1"], parts["R2"]) for number in range(count)]
     difference = _checked(load, rotations[0], rows, name=name)
-    reference = Reference.of(StreamedModel(loading_in_fp32_on_cpu(load)))
-    without, *losses = (_divergence(reference, load, plan, one, rows) for one in (None, *rotations))
+    try:
+        measured = StoredDivergence(load, rows, folder)
+        without, *losses = (_divergence(measured, load, plan, one) for one in (None, *rotations))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     best = min(range(count), key=losses.__getitem__)
     is_kept = losses[best] < without
     figures = RotationFigures(
@@ -102,25 +102,25 @@ def choose_rotation(
 
 
 def _divergence(
-    reference: Reference,
+    measured: StoredDivergence,
     load: Callable[[], nn.Module],
     plan: Mapping[str, Setting],
     rotation: Rotation | None,
-    rows: Rows,
 ) -> float:
     """Return the divergence of a model, rotated or not and rounded to nearest, from the dense one in nats."""
-    model = _rotated(load, rotation)()
+    rotated = _rotated(load, rotation)
+    stored = measured.store(_rounded(rotated(), plan))
+    try:
+        return measured.of(rotated, plan, stored)
+    finally:
+        stored.remove()
+
+
+def _rounded(model: nn.Module, plan: Mapping[str, Setting]) -> Iterator[tuple[str, Packed]]:
+    """Yield the codes of each layer of a plan; the model loses its weight."""
     layers = quantizable_layers(model)
-    codes: dict[str, Packed] = {}
     for path, setting in plan.items():
-        codes[path] = pack(layers[path].weight, setting)
-        mx.eval(codes[path])
-        layers.pop(path).pop("weight")
-    rounded = StreamedModel(loading_in_fp32_on_cpu(with_codes(_rotated(load, rotation), plan, codes)))
-    lost = measure_divergence(reference, rounded, rows, batch_size=_BATCH_SIZE, masks_documents=False).kl
-    del rounded, codes
-    gc.collect()  # codes in reference cycles, before the next rotation has its own
-    return lost
+        yield path, pack(layers.pop(path).pop("weight"), setting)
 
 
 def _rotated(load: Callable[[], nn.Module], rotation: Rotation | None) -> Callable[[], nn.Module]:
@@ -149,15 +149,21 @@ def _checked(load: Callable[[], nn.Module], rotation: Rotation, rows: Rows, *, n
         CallError: it is more than rounding.
     """
 
-    def exact() -> nn.Module:
-        model = load()
-        model.set_dtype(mx.float32)
-        return model
+    def logits_of(rotation: Rotation | None) -> Callable[[mx.array], mx.array]:
+        """Return a function for one model at a time: embedding and head are in fp32."""
 
-    dense, rotated = StreamedModel(exact), StreamedModel(_rotated(exact, rotation))
+        def exact() -> nn.Module:
+            model = load()
+            if rotation is not None:
+                rotation.apply(model, dtype=mx.float32)
+            model.set_dtype(mx.float32)
+            return model
+
+        return lambda tokens: StreamedModel(exact).logits(tokens)
+
     tokens = mx.array(rows.tokens[:1, : min(_CHECKED_TOKENS, rows.tokens.shape[1] - 1)].astype("int32"))
-    difference = logits_difference(dense.logits, rotated.logits, tokens)
+    difference = logits_difference(logits_of(None), logits_of(rotation), tokens)
     if not difference <= _TOLERANCE:
-        kind = type(dense.model).__module__.rpartition(".")[2]
+        kind = type(load()).__module__.rpartition(".")[2]
         raise CallError(f"{name}: a rotation changes the logits of {kind} by {difference:.2g}. Set rotations = 0.")
     return difference

@@ -15,6 +15,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlxflow.ops.row_slices import by_rows
+
 # Layers of a block by the last part of their names: they read the residual stream, or write to it
 _READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "gate")
 _WRITERS = ("o_proj", "down_proj")
@@ -39,17 +41,18 @@ class Rotation(NamedTuple):
     residual: bool
     heads: bool
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, *, dtype: mx.Dtype | None = None) -> None:
         """Rotate the weights of a model in place, lazily.
 
         Args:
             model: dense; of an architecture that `obstacles` allows.
+            dtype: of the rotated weights; None for the model's.
         """
         random = np.random.default_rng(self.seed)
         if self.residual:
-            _rotate_residual(model, hadamard(model.model.embed_tokens.weight.shape[-1], random))
+            _rotate_residual(model, hadamard(model.model.embed_tokens.weight.shape[-1], random), dtype)
         for block in model.layers if self.heads else ():
-            _rotate_heads(block.self_attn, hadamard(_head_sizes(block.self_attn)[2], random))
+            _rotate_heads(block.self_attn, hadamard(_head_sizes(block.self_attn)[2], random), dtype)
 
 
 class Obstacles(NamedTuple):
@@ -164,14 +167,14 @@ def _head_sizes(attention: Any) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, width // num_kv_heads if num_kv_heads and width % num_kv_heads == 0 else 0
 
 
-def _rotate_residual(model: nn.Module, matrix: mx.array) -> None:
+def _rotate_residual(model: nn.Module, matrix: mx.array, dtype: mx.Dtype | None) -> None:
     body = model.model
-    _rotate(body.embed_tokens, matrix, writes=False)
+    _rotate_reader(body.embed_tokens, matrix, mx.ones(len(matrix)), dtype)
     for block in model.layers:
         for name, module in block.named_modules():
             last = name.rpartition(".")[2]
             if "weight" in module and module.weight.ndim > 1 and last in _WRITERS:
-                _rotate(module, matrix, writes=True)
+                _rotate_writer(module, matrix, dtype)
         parts = (block.self_attn, block.input_layernorm), (_feed_forward(block)[0], block.post_attention_layernorm)
         for part, norm in parts:
             readers = [
@@ -179,28 +182,38 @@ def _rotate_residual(model: nn.Module, matrix: mx.array) -> None:
                 for name, module in part.named_modules()
                 if "weight" in module and module.weight.ndim > 1 and name.rpartition(".")[2] in _READERS
             ]
-            _fold(norm, readers)
+            factors = _removed_factors(norm)
             for reader in readers:
-                _rotate(reader, matrix, writes=False)
+                _rotate_reader(reader, matrix, factors, dtype)
     if "lm_head" in model:
-        _fold(body.norm, [model.lm_head])
-        _rotate(model.lm_head, matrix, writes=False)
+        _rotate_reader(model.lm_head, matrix, _removed_factors(body.norm), dtype)
 
 
-def _rotate(layer: nn.Module, matrix: mx.array, *, writes: bool) -> None:
-    exact, dtype = layer.weight.astype(mx.float32), layer.weight.dtype
-    layer.weight = (matrix.T @ exact if writes else exact @ matrix).astype(dtype)
-    if writes and "bias" in layer:
+def _rotate_writer(layer: nn.Module, matrix: mx.array, dtype: mx.Dtype | None) -> None:
+    """Rotate what a layer writes to the residual stream."""
+    layer.weight = (matrix.T @ layer.weight.astype(mx.float32)).astype(dtype or layer.weight.dtype)
+    if "bias" in layer:
         layer.bias = (layer.bias.astype(mx.float32) @ matrix).astype(layer.bias.dtype)
 
 
-def _fold(norm: nn.Module, readers: list[nn.Module]) -> None:
-    """Multiply the columns of layers by the factors of a norm, which then has none."""
+def _rotate_reader(layer: nn.Module, matrix: mx.array, factors: mx.array, dtype: mx.Dtype | None) -> None:
+    """Multiply the columns of a layer by the factors of the norm before it, and rotate what it reads."""
+    kind = dtype or layer.weight.dtype
+
+    def rotated(rows: mx.array) -> mx.array:
+        folded = (rows.astype(mx.float32) * factors).astype(kind)
+        product: mx.array = (folded.astype(mx.float32) @ matrix).astype(kind)
+        return product
+
+    layer.weight = by_rows(rotated, layer.weight, width=len(factors))
+
+
+def _removed_factors(norm: nn.Module) -> mx.array:
+    """Return the factors of a norm, (D,), which has none afterwards."""
     adds_one = _adds_one(norm)
-    factors = norm.weight.astype(mx.float32) + (1.0 if adds_one else 0.0)
-    for reader in readers:
-        reader.weight = (reader.weight.astype(mx.float32) * factors).astype(reader.weight.dtype)
+    factors: mx.array = norm.weight.astype(mx.float32) + (1.0 if adds_one else 0.0)
     norm.weight = (mx.zeros_like if adds_one else mx.ones_like)(norm.weight)
+    return factors
 
 
 def _adds_one(norm: nn.Module) -> bool:
@@ -211,16 +224,16 @@ def _adds_one(norm: nn.Module) -> bool:
     return bool(mx.abs(y - weight).max() > mx.abs(y - 1 - weight).max())
 
 
-def _rotate_heads(attention: Any, matrix: mx.array) -> None:
+def _rotate_heads(attention: Any, matrix: mx.array, dtype: mx.Dtype | None) -> None:
     num_heads, num_kv_heads, size = _head_sizes(attention)
     value, output = attention.v_proj, attention.o_proj
     rows = value.weight.astype(mx.float32).reshape(num_kv_heads, size, -1)
-    value.weight = (matrix.T @ rows).reshape(value.weight.shape).astype(value.weight.dtype)
+    value.weight = (matrix.T @ rows).reshape(value.weight.shape).astype(dtype or value.weight.dtype)
     if "bias" in value:
         bias = value.bias.astype(mx.float32).reshape(num_kv_heads, size) @ matrix
         value.bias = bias.reshape(-1).astype(value.bias.dtype)
     columns = output.weight.astype(mx.float32).reshape(-1, num_heads, size) @ matrix
-    output.weight = columns.reshape(output.weight.shape).astype(output.weight.dtype)
+    output.weight = columns.reshape(output.weight.shape).astype(dtype or output.weight.dtype)
 
 
 def logits_difference(

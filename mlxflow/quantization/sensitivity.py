@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.ops.row_slices import slices_of
 from mlxflow.quantization.codec import Packed, round_trip, unpack
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.streamed_gradients import GradientRows, visit_gradients
@@ -14,7 +15,10 @@ from mlxflow.quantization.streamed_gradients import GradientRows, visit_gradient
 Costs = dict[str, dict[Setting, float]]
 
 # Numbers of a matrix that are rounded at a time: intermediate results are several times as large
-_NUMBERS_AT_ONCE = 1 << 24
+_NUMBERS_AT_ONCE = 1 << 22
+
+# Bytes of codes that are held for the layers of a part; more are read again for each row
+_HELD_CODES = 5 << 29
 
 _Add = Callable[[Mapping[str, mx.array]], None]
 
@@ -43,12 +47,13 @@ def measure_costs(
 
     @contextmanager
     def part(weights: Mapping[str, mx.array]) -> Iterator[_Add]:
-        sums = {path: mx.zeros(weight.shape, mx.float32) for path, weight in weights.items()}
+        sums = {path: [mx.array(0.0)] * len(_slices(weight)) for path, weight in weights.items()}
 
         def add(gradients: Mapping[str, mx.array]) -> None:
             for path, gradient in gradients.items():
-                sums[path] = sums[path] + gradient.astype(mx.float32).square()
-                mx.eval(sums[path])
+                for number, piece in enumerate(_slices(gradient)):
+                    sums[path][number] = sums[path][number] + piece.astype(mx.float32).square()
+                    mx.eval(sums[path][number])
 
         yield add
         for path, weight in weights.items():
@@ -79,19 +84,35 @@ def projected_costs(
 
     @contextmanager
     def part(weights: Mapping[str, mx.array]) -> Iterator[_Add]:
-        codes = {path: {setting: packed(path, setting) for setting in candidates[path]} for path in weights}
+        sizes = sum(packed(path, setting).nbytes for path in weights for setting in candidates[path])
+        codes: dict[tuple[str, Setting], Packed] = {}
 
         def add(gradients: Mapping[str, mx.array]) -> None:
             for path, weight in weights.items():
-                for setting, one in codes[path].items():
-                    lost = weight - unpack(one, setting, weight.dtype)
-                    product = (gradients[path] * lost).astype(mx.float32).sum()
-                    costs[path][setting] += float(product) ** 2
+                for setting in candidates[path]:
+                    one = codes.get((path, setting)) or packed(path, setting)
+                    if sizes <= _HELD_CODES:
+                        codes[path, setting] = one
+                    costs[path][setting] += _projected(weight, one, setting, gradients[path]) ** 2
 
         yield add
         codes.clear()
 
     return _by_token(costs, visit_gradients(load, list(candidates), rows, part=part))
+
+
+def _projected(weight: mx.array, codes: Packed, setting: Setting, gradient: mx.array) -> float:
+    """Return the product of a gradient with the rounding error of a weight, some rows at a time."""
+    biases = None if codes.biases is None else _by_rows(codes.biases)
+    rows = Packed(_by_rows(codes.weight), _by_rows(codes.scales), biases)
+    total, begin = 0.0, 0
+    for piece, by in zip(_slices(weight), _slices(gradient), strict=True):
+        end = begin + len(piece)
+        own = Packed(rows.weight[begin:end], rows.scales[begin:end], None if biases is None else biases[begin:end])
+        lost = piece - unpack(own, setting, weight.dtype)
+        total += float((by * lost).astype(mx.float32).sum())
+        begin = end
+    return total
 
 
 def _by_token(costs: Costs, count: float) -> Costs:
@@ -102,14 +123,19 @@ def _by_token(costs: Costs, count: float) -> Costs:
     }
 
 
-def _cost(weight: mx.array, setting: Setting, squares: mx.array, dtype: mx.Dtype | None) -> float:
+def _cost(weight: mx.array, setting: Setting, squares: Sequence[mx.array], dtype: mx.Dtype | None) -> float:
     """Return the sum of squared rounding errors by their weights, some rows at a time."""
-    width, total = weight.shape[-1], 0.0
-    rows, by = weight.reshape(-1, width), squares.reshape(-1, width)
-    step = max(1, _NUMBERS_AT_ONCE // width)
-    for begin in range(0, len(rows), step):
-        part = rows[begin : begin + step]
+    total = 0.0
+    for part, by in zip(_slices(weight), squares, strict=True):
         stored = round_trip(part if dtype is None else part.astype(dtype), setting)
         lost = (part.astype(mx.float32) - stored.astype(mx.float32)).square()
-        total += float((lost * by[begin : begin + step]).sum())
+        total += float((lost * by).sum())
     return total
+
+
+def _by_rows(matrix: mx.array) -> mx.array:
+    return matrix.reshape(-1, matrix.shape[-1])
+
+
+def _slices(matrix: mx.array) -> list[mx.array]:
+    return slices_of(matrix, _NUMBERS_AT_ONCE)

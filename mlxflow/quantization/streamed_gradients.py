@@ -64,7 +64,9 @@ def visit_gradients(load: Callable[[], nn.Module], paths: Sequence[str], rows: G
     if isinstance(found, str):
         return _visit_whole(model, paths, rows, part)
     try:
-        return _Streamed(load, [call.path for call in found.calls], rows).visit(model, paths, part)
+        streamed = _Streamed(load, [call.path for call in found.calls], rows)
+        del model, found  # with the layers outside of the blocks, once these are read
+        return streamed.visit(paths, part)
     finally:
         shutil.rmtree(rows.folder, ignore_errors=True)
 
@@ -103,8 +105,9 @@ class _Streamed:
         self._load, self._blocks, self._rows = load, blocks, rows
         self._streams = HiddenStreams(rows.folder, key="", num_rows=num_rows, context_length=length - 1, at_once=1)
 
-    def visit(self, model: nn.Module, paths: Sequence[str], part: Part) -> float:
-        """See `visit_gradients`; `model` is loaded, and loses the weights of its blocks."""
+    def visit(self, paths: Sequence[str], part: Part) -> float:
+        """See `visit_gradients`."""
+        model = self._load()
         self._write_inputs(model)
         count = self._write_gradient_of_last(model)
         model = self._load()
@@ -115,6 +118,7 @@ class _Streamed:
             self._visit_block(model, number, own, part)
             if number + 1 < len(self._blocks):  # what the last block gives is read once more
                 self._streams.remove_inputs(number + 1)
+        del model
         for path in (path for path in paths if path not in inside):
             self._visit_outside(self._load(), path, part)
         return count

@@ -33,8 +33,11 @@ _BLOCK_TRAINING = 25
 # The same of a model in its training; for the costs for a budget: weights, gradients, sums. Rows in a step of DWQ
 _TRAINING, _GRADIENT_SUMS, _DWQ_ROWS = 28, 16, 4
 
-# Bytes of the codes of a weight that are held; width of an attention head where a model does not name their number
-_CODES, _HEAD_WIDTH = 0.7, 64
+# Bytes of the codes of a weight at a setting, and the most that a budget holds of a block; see `sensitivity`
+_CODES, _MOST_CODES = 0.65, 5 << 29
+
+# Width of an attention head where a model does not name their number
+_HEAD_WIDTH = 64
 
 
 class ModelShape(NamedTuple):
@@ -218,12 +221,55 @@ def _learning_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int
         "awq": outside + hidden + max((2 * item + 9) * block + step / 4, 1.6 * item * block + 0.8 * step),
         "block": max(_BLOCK_TRAINING * block + step, 26.0 * min(shape.largest, 1 << 24) + 2 * outside),
     }.get(request.method, 0.0)
-    if request.rotations:  # the rounded model is measured
-        of_method = max(of_method, _measuring_bytes(shape, tokens) + _CODES * shape.parameters)
-    if request.budget is not None:  # gradients of a block, or of the largest layer outside of the blocks
-        one = max(block, outside / item)
-        of_method = max(of_method, _GRADIENT_SUMS * one + _activation_bytes(shape, row_tokens, row_tokens))
+    if request.rotations:
+        of_method = max(of_method, _rotating_bytes(shape), _comparing_bytes(shape, tokens))
+    if request.budget is not None:
+        of_method = max(of_method, _cost_bytes(request, shape, row_tokens), _comparing_bytes(shape, tokens))
     return of_method
+
+
+def _outside(shape: ModelShape) -> tuple[int, int]:
+    """Return the weights outside of the blocks: of all their layers, and of the largest one."""
+    numbers = shape.parameters - shape.blocks
+    return numbers, min(numbers, shape.largest)
+
+
+def _width_in_products(shape: ModelShape) -> float:
+    """Return the bytes of a weight in products: a CPU computes in fp32."""
+    return 4.0 if mx.default_device() == mx.cpu else shape.num_bytes / max(1, shape.parameters)
+
+
+def _comparing_bytes(shape: ModelShape, positions: int) -> float:
+    """Return about the bytes of a comparison with stored codes: the dense head, rounded outer layers, and logits."""
+    numbers, largest = _outside(shape)
+    item, logits = shape.num_bytes / max(1, shape.parameters), _LOGITS_BYTES[_device()]
+    least = _measuring_bytes(shape, positions)
+    held = _width_in_products(shape) * (numbers + largest) + item * largest
+    return max(least, held + min(logits, 24.0 * shape.vocab_size * positions))
+
+
+def _rotating_bytes(shape: ModelShape) -> float:
+    """Return about the bytes of rotating a block, or the layers outside: in fp32 for the check, and to be rounded."""
+    numbers, largest = _outside(shape)
+    item = shape.num_bytes / max(1, shape.parameters)
+    checked = 4.0 * (numbers - largest) + (8 + item) * largest
+    stored = (_width_in_products(shape) + 5.5 * item) * largest
+    return max(checked, stored, 9.0 * shape.blocks / shape.num_blocks)
+
+
+def _cost_bytes(request: QuantizationRequest, shape: ModelShape, row_tokens: int) -> float:
+    """Return about the bytes of the gradients for a budget's costs: of a block, or of the largest layer outside.
+
+    Rounding sums their squares in fp32; other methods take their products with the errors of codes.
+    """
+    block, (_, largest) = shape.blocks / shape.num_blocks, _outside(shape)
+    width, activations = _width_in_products(shape), _activation_bytes(shape, row_tokens, row_tokens)
+    sums, codes = 4.0, 0.0
+    if request.method != "rtn" and request.budget is not None:
+        pairs = len(request.budget.candidate_bits) * len(request.budget.candidate_group_sizes)
+        sums, codes = 0.0, pairs * _CODES
+    held = [one if one <= _MOST_CODES else _CODES * size for size in (block, largest) for one in (codes * size,)]
+    return max((2 * width + sums) * block + activations + held[0], (3 * width + sums) * largest + held[1])
 
 
 def _activation_bytes(shape: ModelShape, positions: int, row_tokens: int) -> float:
@@ -243,10 +289,14 @@ def _hessian_bytes(shape: ModelShape) -> float:
     return 4.0 * shape.square_widths / shape.num_blocks + 12.0 * shape.widest * (shape.widest + shape.hidden_size)
 
 
+def _device() -> str:
+    return "cpu" if mx.default_device() == mx.cpu else "gpu"
+
+
 def _measuring_bytes(shape: ModelShape, positions: int) -> float:
     """Return about the bytes that the measurement of the quality loss holds: two heads, and logits or a block."""
     outside = shape.num_bytes * (1 - shape.blocks / max(1, shape.parameters))
-    room = _LOGITS_BYTES["cpu" if mx.default_device() == mx.cpu else "gpu"]
+    room = _LOGITS_BYTES[_device()]
     arrays = 4 if shape.num_bytes > 3 * shape.parameters else 6  # logits of 16 bits are held in fp32 as well
     logits = min(room * arrays / 6, 4.0 * arrays * shape.vocab_size * positions)
     return 2 * outside + max(logits, 5 * shape.blocks / shape.num_blocks)

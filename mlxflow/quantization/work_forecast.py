@@ -19,9 +19,10 @@ from mlxflow.messages import terminal
 from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.quantization.block_calls import find_blocks, kind_of_model
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
+from mlxflow.quantization.memory_advice import memory_advice
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.quantization.work_counts import ModelShape, held_models, work_of
+from mlxflow.quantization.work_counts import ModelShape, QuantizationWork, held_models, work_of
 from mlxflow.quantization.work_records import WorkRecord, read_records, write_records
 from mlxflow.storage.run_context import Context
 from mlxflow.training.progress import duration
@@ -107,14 +108,12 @@ def announced(
         vocab_size = tokens.train.vocab_size
     shape = ModelShape.of(dense.model, vocab_size)
     unusual = _unusual_blocks(request, dense.model, length)
-    work = work_of(
-        request,
-        shape,
-        row_tokens=length,
-        num_rows=num_rows,
-        validation_rows=validation_rows,
-        is_unusual=bool(unusual),
-    )
+
+    def counted_work(request: QuantizationRequest) -> QuantizationWork:
+        sizes = {"row_tokens": length, "num_rows": num_rows, "validation_rows": validation_rows}
+        return work_of(request, shape, **sizes, is_unusual=bool(unusual))
+
+    work = counted_work(request)
     dtype = next((layer.weight.dtype for layer in quantizable_layers(dense.model).values()), mx.float32)
     if request.method == "block" and mx.default_device() == mx.cpu:
         dtype = mx.float32  # in which blocks are computed there
@@ -126,7 +125,19 @@ def announced(
     terminal.say(described(kind, counted, work.held_bytes, own, task=context.task))
     tokens_read = min(request.calibration_rows, num_rows) * length
     held = held_models(request, shape, row_tokens=length, tokens=tokens_read, is_unusual=bool(unusual))
-    for line in _held_lines(held, unusual, task=context.task):
+    lines = [*_held_lines(held, unusual, task=context.task)]
+    if work.held_bytes > context.memory_limit_bytes > 0:
+        has_blocks = not isinstance(find_blocks(dense.model, context_length=length), str)
+        lines.append(
+            memory_advice(
+                request,
+                lambda other: counted_work(other).held_bytes,
+                limit_bytes=context.memory_limit_bytes,
+                learns_blocks=has_blocks and tokens is not None,
+                task=context.task,
+            )
+        )
+    for line in lines:
         terminal.say(line)
     is_resumed = context.unfinished.is_dir() and any(context.unfinished.iterdir())
     begin = time.perf_counter()

@@ -91,13 +91,16 @@ def _plan(model: nn.Module) -> dict[str, Setting]:
     return {path: Setting("affine", 3, 32) for path, one in model.named_modules() if hasattr(one, "to_quantized")}
 
 
-def _chosen(load: Any, count: int = 3) -> rotation_choice.RotationChoice:
+def _chosen(load: Any, folder: Path, count: int = 3) -> rotation_choice.RotationChoice:
     name = f"quantize.rotations = {count}"
-    return choose_rotation(load, _plan(load()), ROWS, count=count, seed=7, name=name, task="quantize")
+    return choose_rotation(load, _plan(load()), ROWS, count=count, seed=7, folder=folder, name=name, task="quantize")
 
 
-def test_the_best_rotation_is_kept_if_the_rounded_model_diverges_less(capfd: pytest.CaptureFixture[str]) -> None:
-    made = _chosen(_model)
+def test_the_best_rotation_is_kept_if_the_rounded_model_diverges_less(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    made = _chosen(_model, tmp_path / "rotations")
+    assert not list(tmp_path.iterdir())  # no codes are left
     figures = made.figures
     assert figures.is_kept
     assert made.rotation == Rotation(figures.seed, residual=True, heads=True)
@@ -110,7 +113,7 @@ def test_the_best_rotation_is_kept_if_the_rounded_model_diverges_less(capfd: pyt
     assert f"{figures.divergence:.4g} nats with it, by {figures.divergence_without:.4g} without" in shown
 
 
-def test_a_rotation_that_does_not_help_is_not_kept() -> None:
+def test_a_rotation_that_does_not_help_is_not_kept(tmp_path: Path) -> None:
     def load() -> nn.Module:
         """Return a model whose weights are on a grid of 3 bits already."""
         model = _model()
@@ -121,7 +124,7 @@ def test_a_rotation_that_does_not_help_is_not_kept() -> None:
                 module.weight = mx.array(((codes - 4) * 0.03125).astype(np.float32))
         return model
 
-    made = _chosen(load, 2)
+    made = _chosen(load, tmp_path, 2)
     assert made.rotation is None
     assert not made.figures.is_kept
     assert made.figures.divergence >= made.figures.divergence_without
@@ -139,10 +142,10 @@ def test_a_model_that_cannot_be_rotated_is_refused_by_name() -> None:
 def test_a_rotation_that_changes_the_logits_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     apply = Rotation.apply
 
-    def wrong(self: Rotation, model: nn.Module) -> None:
-        apply(self, model)
+    def wrong(self: Rotation, model: nn.Module, **named: Any) -> None:
+        apply(self, model, **named)
         model.layers[0].mlp.down_proj.weight = model.layers[0].mlp.down_proj.weight * 1.01
 
     monkeypatch.setattr(Rotation, "apply", wrong)
     with pytest.raises(CallError, match=r"a rotation changes the logits of llama by .*\. Set rotations = 0\."):
-        _chosen(_model, 1)
+        _chosen(_model, tmp_path, 1)

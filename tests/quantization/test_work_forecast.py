@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks.quantization_forecast import forecast_seconds
-from mlxflow.quantization import block_calls
+from mlxflow.quantization import block_calls, work_forecast
 from mlxflow.quantization.bit_allocation import BudgetRequest
+from mlxflow.quantization.work_counts import work_of
 from mlxflow.quantization.work_forecast import described, kind_of, operations_per_second, predicted
 from mlxflow.quantization.work_records import WorkRecord, read_records
 from tests.quantization.test_work_counts import request_of
@@ -137,3 +138,20 @@ def test_a_run_is_announced_and_recorded_for_the_next_one(job: Job, capfd: pytes
     assert "from 1 earlier run here" in capfd.readouterr().err
     (records,) = read_records(job.folder / "artifacts/.mlxflow/quantize-rates.json").values()
     assert len(records) == 2
+
+
+def test_a_run_that_exceeds_the_memory_limit_names_a_method_that_fits_before_the_start(
+    job: Job, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(request: Any, *sizes: Any, **named: Any) -> Any:
+        work = work_of(request, *sizes, **named)
+        return work._replace(held_bytes=1e16) if request.method == "gptq" else work
+
+    monkeypatch.setattr(work_forecast, "work_of", counted)
+    job.run(method="gptq", bits=4, calibration_rows=8, max_validation_rows=8)
+    output = capfd.readouterr().err.splitlines()
+    (line,) = [line for line in output if "memory limit" in line]
+    assert line.startswith("quantize: about 10,000,000 GB is more than the memory limit of ")
+    assert '. Set method = "block": it takes about ' in line
+    job.run(bits=4, max_validation_rows=8)
+    assert "memory limit" not in capfd.readouterr().err
