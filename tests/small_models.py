@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from tokenizers import Tokenizer
 
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
@@ -42,6 +43,16 @@ def write_llama(
     save_vocabulary(vocabulary, tokenizer_file=folder / "tokenizer.json", config_file=folder / "tokenizer_config.json")
     model, config = llama(vocab_size=vocabulary.size, context_length=context_length, hidden_size=32, seed=3)
     save_model(model, config, folder)
+
+
+def add_token_without_row(folder: Path, text: str) -> int:
+    """Add a token to the tokenizer of a model folder and return its id, for which the embedding has no row."""
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_str(file.read_text())
+    number = int(tokenizer.get_vocab_size())
+    tokenizer.add_tokens([text])
+    file.write_text(tokenizer.to_str())
+    return number
 
 
 def save_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:

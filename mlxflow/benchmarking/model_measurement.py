@@ -131,7 +131,7 @@ class ComparedModels(NamedTuple):
         length, vocab_size = self._prompts()
         whole = sum(stored_bytes(path) for path in self.weights.values())
         return measure_generation(
-            [partial(_load, path.parent) for path in self.weights.values()],
+            [partial(_load, path.parent, vocab_size=vocab_size) for path in self.weights.values()],
             prompt_lengths=sorted(set(self.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
             decode_tokens=min(_DECODE_TOKENS, length),
             num_rounds=_GENERATION_ROUNDS,
@@ -207,7 +207,7 @@ class ComparedModels(NamedTuple):
 def _load(folder: Path, *, vocab_size: int = 0) -> nn.Module:
     """Return a model with lazy weights, to be given so many ids; reading them raises an error if they do not fit."""
     model, config = model_folder.load(folder, lazy=True)
-    trial_calls.require_call(model, config, str(folder / "config.json"), vocab_size=vocab_size)
+    trial_calls.require_generation(model, config, str(folder / "config.json"), vocab_size=vocab_size)
     return model
 
 

@@ -53,11 +53,13 @@ def run(parsed: argparse.Namespace) -> None:
             "--trust-remote-code to run it."
         )
     with remote_code.trusting_code(parsed.trust_remote_code):
-        model_server.require_model(folder)
+        rows = model_server.require_model(folder)
     terminal.say(
         f"mlxflow serve: {parsed.model}: http://{parsed.host}:{parsed.port}/v1 answers OpenAI's API; Ctrl-C ends it"
     )
-    model_server.answer_requests(folder, host=parsed.host, port=parsed.port, trusts_code=parsed.trust_remote_code)
+    model_server.answer_requests(
+        folder, num_rows=rows, host=parsed.host, port=parsed.port, trusts_code=parsed.trust_remote_code
+    )
 
 
 def _folder_of(parsed: argparse.Namespace) -> Path:

@@ -257,7 +257,14 @@ def _evaluate(folder: _Folder, tasks: Sequence[_Prepared], size: int) -> Iterato
     for task, ready in tasks:
         if isinstance(ready, LmEvalTask) and isinstance(task.rule, LmEvalRule):
             result = lm_eval_tasks.evaluate_lm_eval(
-                ready, scored, folder.path, task.rule, positions=folder.positions, batch_size=size, name=folder.name
+                ready,
+                scored,
+                folder.path,
+                task.rule,
+                positions=folder.positions,
+                num_rows=writer.num_rows,
+                batch_size=size,
+                name=folder.name,
             )
         elif isinstance(ready, EncodedTask) and isinstance(task.rule, ScoringRule):
             names = TaskNames(task.source, folder.name, task.key)

@@ -8,12 +8,13 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxflow.evaluation.item_results import ItemResult, TaskResult
 from mlxflow.messages.errors import CallError, SourceError, StageError, reason_of
+from mlxflow.models.trial_calls import missing_row
 
 # The metrics that count as accuracy, the first that a task has
 _ACCURACIES = ("acc", "exact_match")
@@ -104,8 +105,54 @@ def _nearest(name: str, known: list[str]) -> str:
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), "")
 
 
+class _RequestChecks:
+    """Checks of requests before they are run.
+
+    Args:
+        key: of the task, for messages.
+        name: of the model, for messages.
+        positions: that the model is made for.
+        num_rows: of its embedding; 0 if unknown.
+        truncates: whether prompts that do not fit are truncated.
+    """
+
+    def __init__(self, key: str, name: str, *, positions: int, num_rows: int, truncates: bool) -> None:
+        self._key, self._name, self._positions = key, name, positions
+        self._num_rows, self._truncates = num_rows, truncates
+
+    def require_room(self, num_truncated: int) -> None:
+        """Refuse requests that do not fit, unless they are truncated.
+
+        Raises:
+            SourceError: there are some.
+        """
+        if num_truncated and not self._truncates:
+            raise SourceError(
+                f"{self._key}: {num_truncated:,} prompts do not fit into the {self._positions:,} positions of "
+                f"{self._name}. Lower num_fewshot, or let prompts be truncated."
+            )
+
+    def require_rows(self, texts: Iterable[Iterable[int]]) -> None:
+        """Refuse ids without a row of the embedding.
+
+        Raises:
+            SourceError: there is one.
+        """
+        for ids in texts:
+            if line := missing_row(ids, self._num_rows, f"{self._key}, {self._name}"):
+                raise SourceError(line)
+
+
 def evaluate_lm_eval(
-    task: LmEvalTask, model: Any, folder: Path, rule: LmEvalRule, *, positions: int, batch_size: int, name: str
+    task: LmEvalTask,
+    model: Any,
+    folder: Path,
+    rule: LmEvalRule,
+    *,
+    positions: int,
+    num_rows: int,
+    batch_size: int,
+    name: str,
 ) -> TaskResult:
     """Return the result of every document of a task; random choices are seeded as lm-eval does.
 
@@ -115,25 +162,20 @@ def evaluate_lm_eval(
         folder: of the model, for its tokenizer.
         rule: how the task is run.
         positions: that the model is made for.
+        num_rows: of its embedding; 0 if unknown.
         batch_size: prompts that are generated from together.
         name: of the model, for messages.
 
     Raises:
         CallError: the task needs a chat template that the folder lacks, or has no such metric.
-        SourceError: a prompt does not fit, and the rule refuses it.
+        SourceError: a prompt does not fit, and the rule refuses it; or it has an id without a row of the embedding.
         StageError: the task or its metrics fail, or a score is not finite.
     """
     with _quiet():
         from lm_eval.evaluator import evaluate
 
-        def refuse(count: int) -> None:
-            if count and not rule.truncates:
-                raise SourceError(
-                    f"{task.key}: {count:,} prompts do not fit into the {positions:,} positions of {name}. "
-                    "Lower num_fewshot, or let prompts be truncated."
-                )
-
-        adapter = _adapter(model, folder, refuse, positions=positions, batch_size=batch_size, chat=rule.chat)
+        checks = _RequestChecks(task.key, name, positions=positions, num_rows=num_rows, truncates=rule.truncates)
+        adapter = _adapter(model, folder, checks, positions=positions, batch_size=batch_size, chat=rule.chat)
         if adapter.use_chat_template and adapter.tokenizer.chat_template is None:
             raise CallError(f"{folder}: has no chat template, and {task.key} needs one. Leave out {name}, or the task.")
         _seed(task, rule.num_fewshot)
@@ -179,14 +221,14 @@ def _seed(task: LmEvalTask, num_fewshot: int | None) -> None:
 
 
 def _adapter(
-    model: Any, folder: Path, check: Callable[[int], None], *, positions: int, batch_size: int, chat: bool | None
+    model: Any, folder: Path, checks: _RequestChecks, *, positions: int, batch_size: int, chat: bool | None
 ) -> Any:
     """Return mlx-lm's adapter around a model; it counts the requests whose prompts do not fit.
 
     Args:
         model: of mlx-lm.
         folder: of the model, for its tokenizer.
-        check: takes the number of requests that do not fit before they are run.
+        checks: of the requests before they are run.
         positions: that the model is made for.
         batch_size: prompts that are generated from together.
         chat: whether prompts go through the chat template; None for as the model has one.
@@ -226,7 +268,12 @@ def _adapter(
 
         def _count(self, texts: list[str], unread: int) -> None:
             self.num_truncated += sum(len(ids) - unread > positions for ids in self._tokenize(texts))
-            check(self.num_truncated)
+            checks.require_room(self.num_truncated)
+
+        def _tokenize(self, texts: list[str]) -> list[tuple[int, ...]]:
+            found: list[tuple[int, ...]] = super()._tokenize(texts)
+            checks.require_rows(found)
+            return found
 
     return Adapter()
 

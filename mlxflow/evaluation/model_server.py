@@ -22,11 +22,14 @@ from mlxflow.ops import mlx_lm_import, patching
 from mlxflow.storage.temporary_files import scratch_folder
 
 
-def require_model(folder: Path) -> None:
+def require_model(folder: Path) -> int:
     """Refuse a folder whose model, tokenizer or chat template cannot be opened; no weights are read.
 
     Args:
         folder: a model folder.
+
+    Returns:
+        the number of rows of the model's embedding; 0 if unknown.
 
     Raises:
         ArtifactError: the reason.
@@ -34,18 +37,20 @@ def require_model(folder: Path) -> None:
     """
     tokenizer = GuardedTokenizer(folder)
     try:
-        trial_calls.require_call(*model_folder.load(folder, lazy=True), str(folder / "config.json"))
+        rows = trial_calls.require_generation(*model_folder.load(folder, lazy=True), str(folder / "config.json"))
         tokenizer.open()
         open_template(folder, tokenizer.call)
     finally:
         tokenizer.close()
+    return rows
 
 
-def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) -> None:
+def answer_requests(folder: Path, *, num_rows: int, host: str, port: int, trusts_code: bool) -> None:
     """Answer requests until the process is ended.
 
     Args:
         folder: a model folder, with adapters beside the model or without.
+        num_rows: of the model's embedding; a prompt with an id beyond them is answered by an error. 0 if unknown.
         host: address to listen on.
         port: of it.
         trusts_code: whether Python code of the folder may run.
@@ -65,7 +70,7 @@ def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) ->
         from mlx_lm import server
 
         sys.argv = ["mlx_lm.server", *arguments]
-        with bound_to_one_model() as failures:
+        with bound_to_one_model(num_rows, str(folder / "tokenizer.json")) as failures:
             try:
                 server.main()
             except KeyboardInterrupt:
@@ -76,8 +81,12 @@ def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) ->
 
 
 @contextmanager
-def bound_to_one_model() -> Iterator[list[str]]:
+def bound_to_one_model(num_rows: int = 0, name: str = "") -> Iterator[list[str]]:
     """Let mlx-lm's server open its one model for every name, and stop at texts, until the block ends.
+
+    Args:
+        num_rows: of the model's embedding; prompts with an id beyond them are refused. 0 if unknown.
+        name: of the tokenizer, for the message.
 
     Yields:
         why the model could not be opened, if so; the server is interrupted then.
@@ -86,14 +95,14 @@ def bound_to_one_model() -> Iterator[list[str]]:
 
     failures: list[str] = []
     one = _one_model(server.ModelProvider, failures)
-    stopping = _stopping_at_texts(server.ResponseGenerator)
+    stopping = _stopping_at_texts(server.ResponseGenerator, num_rows, name)
     changes = ((server, "ModelProvider", one), (server, "ResponseGenerator", stopping))
     with patching.attributes(*changes, by=__name__):
         yield failures
 
 
-def _stopping_at_texts(generator: Any) -> Any:
-    """Return a class of mlx-lm's generator of responses that stops at texts."""
+def _stopping_at_texts(generator: Any, num_rows: int, name: str) -> Any:
+    """Return a class of mlx-lm's generator of responses that stops at texts, and refuses ids without a row."""
 
     class StoppingAtTexts(generator):  # type: ignore[misc]
         """A generator whose responses end at the texts of a request."""
@@ -102,6 +111,12 @@ def _stopping_at_texts(generator: Any) -> Any:
             """Return the context of a generation and its responses."""
             context, responses = super().generate(request, arguments, *others, **named)
             return context, until_stop(responses, arguments.stop_words, context.stop)
+
+        def _tokenize(self, *request: Any) -> Any:
+            """Return the ids of a prompt and what belongs to them; mlx-lm answers an error with its text."""
+            found = super()._tokenize(*request)
+            trial_calls.require_rows(found[0], num_rows, name)
+            return found
 
     return StoppingAtTexts
 

@@ -15,6 +15,7 @@ from mlxflow.evaluation.perplexity import perplexity_of
 from mlxflow.evaluation.task_file import TaskFile, TaskItem
 from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.messages.errors import CallError, SourceError, StageError
+from mlxflow.models.trial_calls import missing_row
 
 # The most lines of items that do not fit
 _MAX_LINES = 10
@@ -155,8 +156,10 @@ def evaluate_task(
         names: for messages.
 
     Raises:
+        SourceError: an item has an id without a row of the embedding; a line for each.
         StageError: a log-likelihood is not finite.
     """
+    _require_rows(task, writer.num_rows, names)
     if task.kind == "exact match":
         items = [_generated(one, writer, rule, uses_chat=task.uses_chat) for one in task.items]
         return TaskResult(task.kind, task.uses_chat, items, {}, task.num_truncated)
@@ -171,6 +174,16 @@ def evaluate_task(
     if task.kind == "choice":
         return _choices(task, results, rule)
     return _completions(task, results)
+
+
+def _require_rows(task: EncodedTask, rows: int, names: TaskNames) -> None:
+    lines = []
+    for one in task.items:
+        read = [*one.prompt, *(each for sequence in one.sequences for part in sequence for each in part)]
+        if line := missing_row(read, rows, f"{names.file}:{one.item.line}, {names.model}"):
+            lines.append(line)
+    if lines:
+        raise SourceError(*lines[:_MAX_LINES])
 
 
 def _completions(task: EncodedTask, results: Sequence[Sequence[LogLikelihood]]) -> TaskResult:

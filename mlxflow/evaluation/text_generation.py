@@ -93,6 +93,9 @@ class Writer:
     Args:
         folder: a model folder, dense or quantized, or a GGUF file.
 
+    Attributes:
+        num_rows: of the model's embedding; 0 if unknown.
+
     Raises:
         ArtifactError: the folder is no model folder, its tokenizer or template cannot be opened, or its model cannot
             be called.
@@ -103,7 +106,7 @@ class Writer:
         self._folder = folder = gguf_reading.opened(folder)
         self.tokenizer = GuardedTokenizer(folder)  # its process starts while the model is read
         self._model, config = model_folder.load(folder)
-        trial_calls.require_call(self._model, config, str(folder / "config.json"))
+        self.num_rows = trial_calls.require_generation(self._model, config, str(folder / "config.json"))
         if random := self.tokenizer.open():
             raise ArtifactError(f"{folder}: its tokenizer.json has {random}")
         self._template = open_template(folder, self.tokenizer.call)
@@ -128,15 +131,20 @@ class Writer:
         return end is not None
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of a text to continue, with the special tokens that the tokenizer adds."""
+        """Return the ids of a text to continue, with the special tokens that the tokenizer adds.
+
+        Raises:
+            CallError: the embedding has no row for one of them.
+        """
         ids = self.tokenizer.encode(text, add_special_tokens=True)
-        return ids or sorted(self._ends)[:1]  # an empty prompt: continue after the end of a document
+        return self._checked(ids or sorted(self._ends)[:1])  # an empty prompt: continue after the end of a document
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation with the generation prompt for an assistant's turn.
 
         Raises:
-            CallError: the folder has no template, or its template refuses the conversation.
+            CallError: the folder has no template, its template refuses the conversation, or the embedding has no row
+                for an id.
         """
         if self._template is None:
             raise CallError(f"{self._folder}: has no chat template. Name the model of one that has.")
@@ -147,7 +155,11 @@ class Writer:
                 f"{self._folder}: its chat template refuses the conversation ({error}). Continue the text as it is "
                 "(--raw), or fix the template."
             ) from error
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self._checked(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        trial_calls.require_rows(ids, self.num_rows, str(self._folder / "tokenizer.json"))
+        return ids
 
     def new_cache(self) -> TokenCache:
         """Return an empty cache for `tokens`."""
@@ -160,7 +172,11 @@ class Writer:
             ids: of the prompt.
             sampling: how the next token is chosen.
             cache: of what the model has read before; what it has in common with the prompt is not read again.
+
+        Raises:
+            CallError: the embedding has no row for an id.
         """
+        trial_calls.require_rows(ids, self.num_rows, str(self._folder / "tokenizer.json"))
         from mlx_lm.sample_utils import make_sampler
 
         mx.random.seed(sampling.seed)

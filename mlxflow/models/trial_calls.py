@@ -4,14 +4,14 @@ MLX builds the graph of a call at once and computes it later, so shapes, missing
 in milliseconds, before anything is read or trained.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.messages.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError, CallError
 from mlxflow.models import config_fields
 from mlxflow.ops import patching
 from mlxflow.ops.module_caches import restored_caches
@@ -21,7 +21,7 @@ from mlxflow.storage.toml_tables import toml_value
 _TOKENS = 2
 
 
-def require_call(model: nn.Module, config: Mapping[str, Any], name: str, *, vocab_size: int = 0) -> None:
+def require_call(model: nn.Module, config: Mapping[str, Any], name: str, *, vocab_size: int = 0) -> int:
     """Call a model with a few tokens, without a cache, as training and measuring do.
 
     Args:
@@ -30,17 +30,67 @@ def require_call(model: nn.Module, config: Mapping[str, Any], name: str, *, voca
         name: of that file or of the setting that describes the model, for the message.
         vocab_size: number of ids, V, that it will be given: MLX reads any memory for an id without a row.
 
+    Returns:
+        the number of rows of the embedding of the ids; 0 if none is known.
+
     Raises:
         ArtifactError: the call fails, or the embedding of the ids has fewer rows.
     """
+    return _called(model, config, name, vocab_size)[0]
+
+
+def require_generation(model: nn.Module, config: Mapping[str, Any], name: str, *, vocab_size: int = 0) -> int:
+    """Call a model that will be given the ids that it generates; see `require_call`.
+
+    Raises:
+        ArtifactError: see there; or it may generate an id without a row.
+    """
+    rows, result = _called(model, config, name, vocab_size)
+    if rows and rows < result.shape[-1]:
+        raise ArtifactError(
+            f"{name}: the head of the model has {result.shape[-1]:,} ids, its embedding {rows:,} rows. "
+            "Name another model."
+        )
+    return rows
+
+
+def require_rows(ids: Iterable[int], rows: int, name: str) -> None:
+    """Refuse a prompt with an id without a row of the embedding: MLX reads any memory for it.
+
+    Args:
+        ids: of the prompt.
+        rows: of the embedding; 0 if unknown.
+        name: of the prompt or of the tokenizer, for the message.
+
+    Raises:
+        CallError: there is one.
+    """
+    if line := missing_row(ids, rows, name):
+        raise CallError(line)
+
+
+def missing_row(ids: Iterable[int], rows: int, name: str) -> str:
+    """Return the line of `require_rows`; empty if every id has a row."""
+    largest = max(ids, default=-1)
+    if not rows or largest < rows:
+        return ""
+    return (
+        f"{name}: the prompt has the id {largest:,}, the embedding of the model has {rows:,} rows. "
+        "Use the tokenizer of the model, or another prompt."
+    )
+
+
+def _called(model: nn.Module, config: Mapping[str, Any], name: str, vocab_size: int) -> tuple[int, mx.array]:
+    """Return the number of rows of the embedding, 0 if none is known, and the uncomputed result of a call."""
     tokens = mx.zeros((1, _TOKENS), mx.int32)
     with _reported(config, name, "mlx-lm cannot run that here"), same_random_state(), embeddings_of(tokens) as rows:
-        model(tokens)
+        result: mx.array = model(tokens)
     if rows and min(rows) < vocab_size:
         raise ArtifactError(
             f"{name}: the embedding of the model has {min(rows):,} rows, the tokens have {vocab_size:,} ids. "
             "Name another model, or tokens of its own tokenizer."
         )
+    return min(rows, default=0), result
 
 
 @contextmanager

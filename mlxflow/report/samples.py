@@ -9,7 +9,7 @@ from mlxflow.data.held_out_questions import held_out_beginnings, held_out_questi
 from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.text_generation import Sampling, Writer, open_template
 from mlxflow.messages.advice import advise_build
-from mlxflow.messages.errors import reason_of
+from mlxflow.messages.errors import CallError, reason_of
 from mlxflow.report.load_run import model_key
 from mlxflow.report.stage_reports.report import SampleText
 from mlxflow.storage import report_structs
@@ -85,7 +85,7 @@ def write_samples(
         try:
             texts_of_model = _written(request, path.parent, prompts)
             mx.synchronize()  # on Metal, an error may be raised later than it happened, by the next model's work
-        except RuntimeError as error:  # out of memory: the page is written without this model
+        except (RuntimeError, CallError) as error:  # out of memory, or an id that the model lacks: without this model
             samples.append(SampleText(model=reference, model_key=key, error=reason_of(error, None)))
             continue
         samples += [SampleText(model=reference, model_key=key, **texts._asdict()) for texts in texts_of_model]

@@ -18,6 +18,7 @@ import pytest
 from mlxflow.data.chatml import CHATML
 from tests.conftest import mlxflow
 from tests.evaluation.test_chat_session import write_chat_model
+from tests.small_models import add_token_without_row
 
 
 def free_port() -> int:
@@ -136,11 +137,31 @@ def test_a_damaged_model_is_refused_before_it_is_served(
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_prompt_with_an_id_without_a_row_is_answered_by_an_error(tmp_path: Path) -> None:
+    write_chat_model(tmp_path / "model", special=["<|im_start|>", "<|im_end|>"], template=CHATML)
+    number = add_token_without_row(tmp_path / "model", "ZZZZ")
+    messages = [{"role": "user", "content": "who ZZZZ"}]
+    with serving(tmp_path, "./model") as port:
+        for path, body in (
+            ("/v1/completions", {"prompt": "who ZZZZ"}),
+            ("/v1/chat/completions", {"messages": messages}),
+            ("/v1/completions", {"prompt": "who ZZZZ", "seed": 1}),  # not in a batch
+        ):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+            connection.request("POST", path, json.dumps(body | {"max_tokens": 2}), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = json.loads(answer.read())["error"]
+            assert answer.status == 404
+            assert text.startswith(f"model/tokenizer.json: the prompt has the id {number}, the embedding of the model")
+        _post(port, "/v1/completions", {"prompt": "who", "max_tokens": 2})
+
+
 def test_a_model_that_only_mlx_lm_refuses_ends_the_server(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from mlx_lm import server; from mlxflow.evaluation import model_server\n"
         "server.load = lambda *_, **__: 1 / 0\n"
-        f"model_server.answer_requests(Path('model'), host='127.0.0.1', port={free_port()}, trusts_code=False)"
+        "model_server.answer_requests("
+        f"Path('model'), num_rows=0, host='127.0.0.1', port={free_port()}, trusts_code=False)"
     )
     write_chat_model(tmp_path / "model", special=["<|im_start|>", "<|im_end|>"], template=CHATML)
     command = [sys.executable, "-c", script]

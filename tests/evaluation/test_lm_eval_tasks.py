@@ -64,11 +64,11 @@ from mlxflow.models import model_folder
 folder = Path("model")
 model = model_folder.load(folder)[0]
 
-def run(source, rule, positions):
+def run(source, rule, positions, rows=0):
     try:
         task = lm_eval_tasks.open_task(source, Path(source), key=f'tasks[0].source = "{source}"')
         found = lm_eval_tasks.evaluate_lm_eval(
-            task, model, folder, LmEvalRule(*rule), positions=positions, batch_size=2, name="train"
+            task, model, folder, LmEvalRule(*rule), positions=positions, num_rows=rows, batch_size=2, name="train"
         )
     except MlxflowError as error:
         return str(error)
@@ -190,3 +190,10 @@ def test_what_cannot_be_run_is_one_line(place: Path) -> None:
     assert data.startswith('tasks[0].source = "lost.yaml": its data cannot be opened (Unable to find')
     assert data.endswith("HF_HUB_OFFLINE is set: put the data into the hub's cache, or name a local file of it.")
     assert len(first[0]) == 2
+
+
+@pytest.mark.parametrize("source", ["words.yaml", "written.yaml"])
+def test_an_id_without_a_row_of_the_embedding_is_one_line(place: Path, source: str) -> None:
+    (line,) = _run(place, SCRIPT, [(source, (None, 0, "", False, True), 64, 20)])
+    assert line.startswith(f'tasks[0].source = "{source}", train: the prompt has the id ')
+    assert line.endswith(", the embedding of the model has 20 rows. Use the tokenizer of the model, or another prompt.")

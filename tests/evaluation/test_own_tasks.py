@@ -1,6 +1,7 @@
 """Scores of items: the likeliest choice by both rankings, likely completions, generated answers."""
 
 import math
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from mlxflow.evaluation.task_file import TaskFile, TaskItem
 from mlxflow.evaluation.text_generation import Writer
 from mlxflow.messages.errors import CallError, SourceError, StageError
 from tests.evaluation.test_text_generation import TEMPLATE, TEXTS
-from tests.small_models import write_llama
+from tests.small_models import add_token_without_row, write_llama
 
 RULE = ScoringRule("auto", 0, False, 4, (), "", False, True)
 NAMES = TaskNames("q.jsonl", "train", "evaluate.tasks[0]")
@@ -162,3 +163,22 @@ def test_the_last_match_of_the_pattern_is_the_answer(text: str, pattern: str, ex
 def test_white_space_does_not_count_and_case_if_asked() -> None:
     assert own_tasks.comparable(" New\n York ", ignore_case=False) == "New York"
     assert own_tasks.comparable("Straße", ignore_case=True) == own_tasks.comparable("STRASSE", ignore_case=True)
+
+
+@pytest.mark.parametrize("kind", ["choice", "exact match"])
+def test_items_with_an_id_without_a_row_of_the_embedding_are_named(plain: Path, tmp_path: Path, kind: str) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "model"))
+    number = add_token_without_row(folder, "ZZZZ")
+    if kind == "choice":
+        items = [TaskItem(1, "what ", (), ("a", "b"), 0), TaskItem(2, "what ", (), ("a", "b ZZZZ"), 0)]
+    else:
+        items = [TaskItem(1, "what ", (), ("a",), 0), TaskItem(2, "ZZZZ ", (), ("a",), 0)]
+    task = _encoded(folder, kind, *items)
+    writer = Writer(folder)
+    with pytest.raises(SourceError) as caught:
+        evaluate_task(task, writer, writer.model, RULE, batch_size=2, names=NAMES)
+    writer.tokenizer.close()
+    assert str(caught.value) == (
+        f"q.jsonl:2, train: the prompt has the id {number}, the embedding of the model has {number} rows. "
+        "Use the tokenizer of the model, or another prompt."
+    )

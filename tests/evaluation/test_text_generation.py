@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import psutil
 import pytest
 from mlx_lm import load
@@ -13,9 +14,11 @@ from tokenizers import Tokenizer
 from mlxflow.__main__ import main
 from mlxflow.data import guard, watched_tokenizer
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
+from mlxflow.evaluation.chat_session import ChatSession
 from mlxflow.evaluation.text_generation import Sampling, Writer
-from mlxflow.messages.errors import ArtifactError, SourceError
-from tests.small_models import write_llama
+from mlxflow.messages.errors import ArtifactError, CallError, SourceError
+from mlxflow.models import trial_calls
+from tests.small_models import add_token_without_row, llama, write_llama
 
 TEXTS = ["who are you? i am a small model.", "what is a note? a line of text.", "why? because it is so, they say."]
 QUESTION = [{"role": "user", "content": "what is a small note?"}]
@@ -236,3 +239,41 @@ def test_a_tokenizer_with_dropout_is_refused_for_generation(folder: Path) -> Non
     assert str(caught.value) == (
         f"{folder}: its tokenizer.json has model.dropout = 0.1: two runs would give different ids. Set it to null."
     )
+
+
+def _lacks(folder: Path, number: int) -> str:
+    return (
+        f"{folder}/tokenizer.json: the prompt has the id {number}, the embedding of the model has {number} rows. "
+        "Use the tokenizer of the model, or another prompt."
+    )
+
+
+def test_a_prompt_with_an_id_without_a_row_of_the_embedding_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLX reads any memory for it, and the exit code would be 0."""
+    number = add_token_without_row(folder, "ZZZZ")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    for way in ("--raw", "--chat"):
+        assert main(["generate", str(folder), way, "--prompt", "what ZZZZ", "--max-tokens", "2"]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", f"{_lacks(folder, number)}\n")
+    writer = Writer(folder)
+    with pytest.raises(CallError) as caught:
+        next(writer.tokens([0, number], GREEDY))  # ids of elsewhere, such as those of held-out conversations
+    assert str(caught.value) == _lacks(folder, number)
+    session = ChatSession(writer)
+    with pytest.raises(CallError):
+        next(session.answer("ZZZZ", GREEDY))
+    assert session.messages == []  # it can be continued
+    assert main(["generate", str(folder), "--raw", "--prompt", "what", "--max-tokens", "2"]) == 0
+    writer.tokenizer.close()
+
+
+def test_a_model_that_may_generate_an_id_without_a_row_is_refused() -> None:
+    model, config = llama(vocab_size=300, hidden_size=32)
+    model.args.tie_word_embeddings, model.lm_head = False, nn.Linear(32, 320, bias=False)
+    assert trial_calls.require_call(model, config, "m") == 300
+    with pytest.raises(ArtifactError) as caught:
+        trial_calls.require_generation(model, config, "m")
+    assert str(caught.value) == "m: the head of the model has 320 ids, its embedding 300 rows. Name another model."
