@@ -12,6 +12,8 @@
 A message has the shape `file: key.path = value: what was expected. What to do.`
 """
 
+from typing import Any
+
 from mlxflow.messages.terminal import one_line
 
 
@@ -37,6 +39,10 @@ class UserError(MlxflowError):
     def __init__(self, *problems: str) -> None:
         self.problems = tuple(map(one_line, problems))  # a name of a file may hold a newline
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy in another process is made of: of the message, it would escape the ends of lines."""
+        return type(self), self.problems
 
 
 class WorkflowError(UserError):

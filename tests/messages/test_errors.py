@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from mlxflow.messages import errors
@@ -24,6 +26,13 @@ def test_a_user_error_has_one_line_for_each_problem() -> None:
     error = UserError("a\nb: wrong", "c: missing")
     assert error.problems == ("a\\nb: wrong", "c: missing")
     assert str(error) == "a\\nb: wrong\nc: missing"
+
+
+def test_an_error_of_several_lines_is_the_same_after_a_worker_process_sent_it() -> None:
+    error = SourceError("a\nb: wrong", "c: missing")
+    sent = copy.copy(error)  # as `pickle` makes it
+    assert type(sent) is SourceError
+    assert (str(sent), sent.problems) == (str(error), error.problems)
 
 
 def test_reason_of_an_exception_is_one_short_line() -> None:
