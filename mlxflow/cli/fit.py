@@ -118,7 +118,8 @@ def _described(seconds: "Seconds") -> str:
     begin = seconds.start + seconds.first_step
     return (
         f"about {seconds.total:,.1f} seconds to the end: {begin:,.1f} to start and to compile, "
-        f"{seconds.step:,.2f} a step, {seconds.validation:,.1f} each of {seconds.validations} validations"
+        f"{seconds.step:,.2f} a step, {seconds.validation:,.1f} each of {seconds.validations} validations, "
+        f"{seconds.writing:,.1f} to write"
     )
 
 

@@ -6,7 +6,7 @@ result is off by up to three times as much. Where a pass has a single row, its b
 with the square of the length is underestimated. An update does not grow with the tokens.
 
 Seconds to the end are those of the start, of what is compiled in the first step, of all steps, and of all validations;
-the rows of a pass are validated to know them. Writing files is not counted.
+some rows are validated to know them. Checkpoints and the model folder take what a sample of their bytes does.
 """
 
 import tempfile
@@ -17,16 +17,22 @@ from typing import NamedTuple
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.kernels.model_kernels import ModelKernels
+from mlxflow.models import quantized_layers
 from mlxflow.storage.run_context import Context
 from mlxflow.training import build, job
 from mlxflow.training.checkpointing_choice import choose_checkpointing
+from mlxflow.training.lora_config import decide_fuse
 from mlxflow.training.memory_advice import memory_advice
 from mlxflow.training.memory_forecast import MemoryForecast, forecast_memory
 from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.step_trials import StepTrial, part_of, try_step
+from mlxflow.training.writing_forecast import writing_seconds, written_bytes
 
 # Steps with all rows are timed for at least so long: a few of them vary with other work
 _TIMED_SECONDS = 10.0
+
+# Validation rows, beginning with those of a pass, are doubled until their validation takes so long
+_VALIDATED_SECONDS = 3.0
 
 
 class Seconds(NamedTuple):
@@ -40,6 +46,7 @@ class Seconds(NamedTuple):
         steps: number of steps.
         validation: of a validation.
         validations: number of validations, with the one of the written model.
+        writing: of all checkpoints, best weights and the model folder.
     """
 
     start: float
@@ -48,11 +55,13 @@ class Seconds(NamedTuple):
     steps: int
     validation: float
     validations: int
+    writing: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.start + self.first_step + self.step * self.steps + self.validation * self.validations
+        computing = self.first_step + self.step * self.steps + self.validation * self.validations
+        return self.start + computing + self.writing
 
 
 class Forecast(NamedTuple):
@@ -60,7 +69,7 @@ class Forecast(NamedTuple):
 
     Attributes:
         peak_bytes: of MLX's arrays; None if not even a quarter of a pass fits into the memory.
-        seconds: to the end, without checkpoints and the writing of files.
+        seconds: to the end.
         tokens: of a pass.
         note: what trials chose; empty if they chose nothing.
         advice: what to do if it does not fit.
@@ -119,6 +128,7 @@ def forecast(
         steps=settings.num_steps,
         validation=_validation_seconds(subject, validation.head(settings.max_validation_rows)),
         validations=num_validations(settings) + 1,
+        writing=_writing_seconds(request, subject, many.state_bytes, context),
     )
     peak = traced.peak_bytes if traced else _peak(few, many, count)
     return Forecast(peak, seconds, count, note, advice)
@@ -130,20 +140,31 @@ def num_validations(settings: TrainingSettings) -> int:
     return 2 + (steps - 1) // every if every else 2
 
 
+def _writing_seconds(request: job.Job, subject: build.Subject, state_bytes: int, context: Context) -> float:
+    """Return the seconds in which a training writes."""
+    model, settings = subject.model, subject.settings
+    fuse = decide_fuse(request.source.fuse, is_quantized=quantized_layers.is_quantized(model))
+    count = num_validations(settings)
+    size = written_bytes(model, settings, fuse=fuse, state_bytes=state_bytes, validations=count)
+    return writing_seconds(size, context.state)
+
+
 def _validation_seconds(subject: build.Subject, rows: Rows) -> float:
-    """Return the seconds of a validation; those of the rows of a pass are measured, the second time."""
-    some = rows.head(subject.settings.batch_size)
-    seconds = 0.0
-    for _ in range(2):
+    """Return the seconds of a validation; the first passes of it are measured, once they were compiled."""
+    settings = subject.settings
+
+    def measure(count: int) -> float:
         begin = time.perf_counter()
         measure_perplexity(
-            subject.model,
-            some,
-            batch_size=subject.settings.batch_size,
-            masks_documents=subject.settings.masks_documents,
+            subject.model, rows.head(count), batch_size=settings.batch_size, masks_documents=settings.masks_documents
         )
-        seconds = time.perf_counter() - begin
-    return seconds * rows.num_rows / some.num_rows
+        return time.perf_counter() - begin
+
+    count = min(settings.batch_size, rows.num_rows)
+    measure(count)
+    while (seconds := measure(count)) < _VALIDATED_SECONDS and count < rows.num_rows:
+        count = min(2 * count, rows.num_rows)
+    return seconds * rows.num_rows / count
 
 
 def _traced(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast | None:

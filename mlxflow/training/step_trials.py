@@ -4,6 +4,7 @@ import time
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import Rows
 from mlxflow.device import memory_errors, phase_peaks
@@ -28,6 +29,7 @@ class StepTrial(NamedTuple):
         seconds: of a forward and backward pass.
         update_seconds: of an update.
         first_seconds: what the first pass and update took beyond the second ones: what is compiled in them.
+        state_bytes: of a checkpoint after it.
     """
 
     tokens: int
@@ -36,6 +38,7 @@ class StepTrial(NamedTuple):
     seconds: float
     update_seconds: float
     first_seconds: float = 0.0
+    state_bytes: int = 0
 
 
 def try_step(
@@ -80,8 +83,9 @@ def try_step(
                 _wait(step.state)
                 taken += ahead
             seconds = (time.perf_counter() - begin) / taken
+            state_bytes = sum(value.nbytes for _, value in tree_flatten(step.whole_state()))
         of_step = max(0.0, seconds - update_seconds), update_seconds, max(0.0, lone[0] - lone[1])
-        return StepTrial(count, peak.bytes, of_pass.bytes, *of_step)
+        return StepTrial(count, peak.bytes, of_pass.bytes, *of_step, state_bytes)
     except RuntimeError as error:
         if memory_errors.out_of_memory_bytes(error) is None:
             raise

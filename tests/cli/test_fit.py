@@ -56,7 +56,7 @@ def test_fit_says_what_a_training_will_take_before_its_model_exists(
     found = re.fullmatch(
         r"train: fits: ([\d,.]+) MB in a pass of [\d,]+ tokens; limit [\d,]+ MB\n"
         r"(\d+) steps: about ([\d,.]+) seconds to the end: ([\d.]+) to start and to compile, ([\d.]+) a step, "
-        r"[\d.]+ each of \d validations\n",
+        r"[\d.]+ each of \d validations, [\d.]+ to write\n",
         result.stdout,
     )
     assert found, result.stdout

@@ -1,3 +1,4 @@
+import time
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,29 @@ def test_the_peak_of_the_update_does_not_grow_with_the_tokens() -> None:
     assert _peak(few, many, 4000) == pytest.approx(420)
 
 
-def test_seconds_to_the_end_count_start_compilation_and_every_validation() -> None:
-    assert Seconds(start=3, first_step=2, step=0.5, steps=60, validation=4, validations=3).total == 3 + 2 + 30 + 12
+def test_seconds_to_the_end_count_start_compilation_every_validation_and_what_is_written() -> None:
+    seconds = Seconds(start=3, first_step=2, step=0.5, steps=60, validation=4, validations=3, writing=7)
+    assert seconds.total == 3 + 2 + 30 + 12 + 7
+
+
+@pytest.mark.parametrize(
+    ("of_row", "measured", "seconds"),
+    [(2.0, [2, 2], 64.0), (0.5, [2, 2, 4, 8], 16.0), (0.01, [2, 2, 4, 8, 16, 32], 0.32)],
+)
+def test_fast_validations_are_measured_with_more_rows(
+    of_row: float, measured: list[int], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, sizes, now = Rows(np.zeros((32, 5), np.int32), np.full((32, 5), 3, np.uint8)), list[int](), [0.0]
+
+    def measure(_model: Any, some: Rows, **_: Any) -> None:
+        sizes.append(some.num_rows)
+        now[0] += of_row * some.num_rows + (100.0 if len(sizes) == 1 else 0.0)  # the first one is compiled
+
+    monkeypatch.setattr(forecast, "measure_perplexity", measure)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    subject: Any = _Stand(settings=TrainingSettings(batch_size=2, warmup_steps=0), model=None)
+    assert forecast._validation_seconds(subject, rows) == pytest.approx(seconds)
+    assert sizes == measured
 
 
 @pytest.mark.parametrize(
@@ -77,6 +99,7 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     monkeypatch.setattr(forecast, "forecast_memory", forecast_memory)
     monkeypatch.setattr(forecast, "try_step", try_step)
     monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
+    monkeypatch.setattr(forecast, "_writing_seconds", lambda *_: 7.0)
     request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
     context: Any = _Stand(memory_limit_bytes=1000)
     tokens: Any = _Stand(rows=rows)
@@ -91,4 +114,5 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     assert seconds.step == pytest.approx(step)
     assert (seconds.steps, seconds.first_step) == (10, 2.0)
     assert 100.0 <= seconds.start < 110.0
+    assert seconds.writing == 7.0
     assert (seconds.validation, seconds.validations) == (5.0, 5)  # steps 0, 4, 8 and 10, and the written model
