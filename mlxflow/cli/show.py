@@ -152,9 +152,8 @@ def _show_row(console: "Console", train: Any, tokenizer: Any, names: list[str], 
     tokens, marks = train.rows.tokens[row], train.rows.marks[row]
     pieces = train.pieces(row)
     real, trained = int((marks > 0).sum()), int((marks & 1).sum())
-    console.print(
-        Text(f"\nrow {row:,}: {real} of {len(tokens)} tokens, {trained} trained on, {len(pieces)} pieces", "bold")
-    )
+    held = f"{len(pieces)} piece{'s' if len(pieces) > 1 else ''} of documents"
+    console.print(Text(f"\nrow {row:,}: {real} of {len(tokens)} tokens, {trained} trained on, {held}", "bold"))
     for piece in pieces:
         file, place = train.place(piece.document)
         where = terminal.one_line(names[file] if file < len(names) else f"file {file}") + (f":{place}" if place else "")

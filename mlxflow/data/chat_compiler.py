@@ -27,7 +27,16 @@ T = TypeVar("T")
 
 
 class TemplateProblem(Exception):  # noqa: N818 - becomes a bad record
-    """A conversation that a template refuses; the message is the reason."""
+    """A conversation that a template refuses; the message is the reason.
+
+    Args:
+        text: why.
+        fix: what to do.
+    """
+
+    def __init__(self, text: str, *, fix: str = "Fix the record") -> None:
+        super().__init__(text)
+        self.fix = fix
 
 
 class CompiledTemplate:

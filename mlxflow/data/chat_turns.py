@@ -20,6 +20,9 @@ Span = tuple[int, int, int | None]
 # Opens an assistant's reasoning. Some generation prompts end with it; it still counts as part of the turn.
 _THOUGHTS = re.compile(r"[<\[][^<>\[\]]*(?:think|thought)", re.IGNORECASE)
 
+# What to do with a conversation whose tools a template omits
+_RENDER_TOOLS = 'Use a chat_template that renders tools, such as "chatml"'
+
 _TALKERS = ("system", "developer", "user", "assistant")
 
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -226,10 +229,11 @@ def _check_calls(messages: Sequence[Message], tools: Any, text: str) -> None:
     for number, message in enumerate(messages, 1):
         for call in message.get("tool_calls") or ():
             if call["function"]["name"] not in text:
-                raise TemplateProblem(f'it leaves out the call of "{call["function"]["name"]}" in message {number}')
+                name = call["function"]["name"]
+                raise TemplateProblem(f'it leaves out the call of "{name}" in message {number}', fix=_RENDER_TOOLS)
     names = _names(tools or ())
     if names and not any(name in text for name in names):
-        raise TemplateProblem(f'it leaves out the tools ("{names[0]}")')
+        raise TemplateProblem(f'it leaves out the tools ("{names[0]}")', fix=_RENDER_TOOLS)
 
 
 def _names(tools: Iterable[Any]) -> list[str]:

@@ -130,7 +130,7 @@ class Formatter:
                 except ReservedCharacterError:
                     yield Bad(item.place, "holds one of U+FDD0 to U+FDD7, which are no characters. Fix the record")
                 except TemplateProblem as error:
-                    yield Bad(item.place, f"the template refuses it ({_shortened(str(error))}). Fix the record")
+                    yield Bad(item.place, f"the template refuses it ({_shortened(str(error))}). {error.fix}")
 
     def _piece(self, item: PlainText) -> Document:
         data = item.text.encode()
@@ -177,12 +177,15 @@ class Formatter:
     def _text(self, value: dict[str, Any], key: str) -> str:
         if key not in value:
             has = ", ".join(_shortened(key, _MOST_OF_A_KEY) for key in list(value)[:8])
-            raise RecordProblem(
-                f'has no "{key}"{f" (it has {has})" if has else ""}', fix="Fix the record or name its key"
-            )
+            raise RecordProblem(f'has no "{key}"{f" (it has {has})" if has else ""}', fix=self._advice_on_keys())
         if not isinstance(value[key], str):
             raise RecordProblem(f'"{key}" is {kind(value[key])}: expected text')
         return str(value[key])
+
+    def _advice_on_keys(self) -> str:
+        """Return what to do with a record without any known key, which may be of a form of its own."""
+        known = 'Name its keys "messages", "prompt" and "completion", or "text"'
+        return f"{known if self._format == 'auto' else 'Fix the record'}, or set text_key"
 
     def _plain_completion(self, place: int, value: dict[str, Any]) -> Document:
         prompt, completion = (self._text(value, key) for key in conversations.COMPLETION_KEYS)

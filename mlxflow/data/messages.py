@@ -39,8 +39,9 @@ class RecordProblem(Exception):  # noqa: N818 - becomes a bad record
 
 
 def kind(value: object) -> str:
-    """Return the type of a JSON value in words, for messages."""
-    return "null" if value is None else f"a {type(value).__name__}"
+    """Return the type of a JSON value in JSON's words, for messages."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 def read_messages(value: Any, key: str) -> list[dict[str, Any]]:

@@ -48,6 +48,9 @@ PLAIN = (
     "{% for m in messages %}{{ m['role'] | capitalize + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
+
+# What is advised on a record without any known key
+_NAME_KEYS = 'Name its keys "messages", "prompt" and "completion", or "text", or set text_key'
 # Thoughts of earlier turns are dropped, the last turn gets a block of thoughts, empty if it has none, as Qwen3 does.
 THINKING = (
     "{% for m in messages %}{% set content = m['content'] %}{% if m['role'] == 'assistant' %}"
@@ -298,8 +301,8 @@ def test_tools_may_be_json_text() -> None:
             "holds one of U+FDD0 to U+FDD7, which are no characters. Fix the record",
         ),
         ({"messages": _talk("a", "b"), "tools": "{"}, r"its \"tools\" are not valid JSON \(.*\)\. Fix the record"),
-        ({"prompt": "a", "completion": 3}, '"completion" is a int: expected text. Fix the record'),
-        ({}, 'has no "text". Fix the record or name its key'),
+        ({"prompt": "a", "completion": 3}, '"completion" is a number: expected text. Fix the record'),
+        ({}, 'has no "text". ' + _NAME_KEYS),
         (3, "expected an object. Fix the record"),
     ],
 )
@@ -313,6 +316,15 @@ def test_an_unusable_record_is_an_error(record: object, reason: str) -> None:
 def test_a_conversation_that_the_template_refuses_is_an_error() -> None:
     bad = _format({"messages": _talk("a", "b", "c", "d")[:-2] + _talk("x", "y", system=None)[1:]}, template=MISTRAL)
     assert bad == Bad(7, "the template refuses it (roles must alternate). Fix the record")
+
+
+def test_a_template_without_tools_is_to_be_replaced_and_not_the_record() -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    asked = {"role": "user", "content": "a"}
+    bad = _format({"messages": [asked, {"role": "assistant", "content": "b", "tool_calls": [call]}]}, template=template)
+    advice = 'Use a chat_template that renders tools, such as "chatml"'
+    assert bad == Bad(7, f'the template refuses it (it leaves out the call of "weather" in message 2). {advice}')
 
 
 def test_a_turn_that_the_template_leaves_out_is_not_trained_on() -> None:

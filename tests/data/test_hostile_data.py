@@ -16,6 +16,9 @@ from mlxflow.data.documents import Document, Formatter
 from mlxflow.data.records import Bad, Shape, read_file
 from mlxflow.storage.digests import digest_file
 
+# What is advised on a record without any known key
+_NAME_KEYS = 'Name its keys "messages", "prompt" and "completion", or "text", or set text_key'
+
 
 def _documents(path: Path, *, format_: Any = "auto") -> Iterator[Document | Bad]:
     formatter = Formatter(format_=format_, text_key="text", template=None, train_on="all")
@@ -111,7 +114,10 @@ def test_a_long_text_of_a_line_comes_in_the_pieces_of_the_text(tmp_path: Path, t
         (b'{"text": "%s", "a": NaN}' % (b"x" * 900), "not valid JSON (invalid character (byte 918)). Fix the line"),
         (b'{"text": "%s", "a": %s}' % (b"x" * 900, b"[" * 10_000), "not valid JSON (nested too deeply). Fix the line"),
         (b'["%s"]' % (b"x" * 900), "expected an object. Fix the record"),
-        (b'{"more": "%s"}' % (b"x" * 900), 'has no "text". Fix the record or name its key'),
+        (
+            b'{"more": "%s"}' % (b"x" * 900),
+            'has no "text". ' + _NAME_KEYS,
+        ),
     ],
 )
 @pytest.mark.usefixtures("small")
@@ -192,8 +198,14 @@ DEEP = "[" * 50_000
             {"messages": [{"role": "r" * 10**6, "content": "x"}]},
             f"message 1: role '{'r' * 100}' ...: expected a name such as user or assistant. Fix the record",
         ),
-        ({"k" * 10**6: 1}, f'has no "text" (it has {"k" * 40} ...). Fix the record or name its key'),
-        ({"\x1b]0;x\x07": 1}, 'has no "text" (it has \\x1b]0;x\\x07). Fix the record or name its key'),
+        (
+            {"k" * 10**6: 1},
+            f'has no "text" (it has {"k" * 40} ...). ' + _NAME_KEYS,
+        ),
+        (
+            {"\x1b]0;x\x07": 1},
+            'has no "text" (it has \\x1b]0;x\\x07). ' + _NAME_KEYS,
+        ),
         ({"messages": DEEP}, 'its "messages" are not valid JSON (nested too deeply). Fix the record'),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": DEEP}]}]},
@@ -209,7 +221,10 @@ DEEP = "[" * 50_000
         ),
         ({"instruction": "x", "output": "y", "history": 5}, '"history" is no list of pairs of texts. Fix the record'),
         ({"text": "\ud800"}, "character 0 is half of a surrogate pair. Fix the record"),
-        ({"\ud800": 1}, 'has no "text" (it has \\ud800). Fix the record or name its key'),
+        (
+            {"\ud800": 1},
+            'has no "text" (it has \\ud800). ' + _NAME_KEYS,
+        ),
     ],
 )
 def test_a_hostile_record_is_one_short_line(tmp_path: Path, record: dict[str, Any], reason: str) -> None:

@@ -28,6 +28,9 @@ from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import mlxflow, rest_in_matrix
 
+# What is advised on a record without any known key
+_NAME_KEYS = 'Name its keys "messages", "prompt" and "completion", or "text", or set text_key'
+
 TEXTS = [f"note {i}: the {i * 7 % 13}th thing to remember, and {i * i} more of it\n" * 3 for i in range(40)]
 
 TRAINING = """
@@ -782,9 +785,12 @@ def _bad_record(job: Job, line: str) -> str:
     ("line", "said"),
     [
         ('{"text": "two"', "not valid JSON (Expecting ',' delimiter at column 15). Fix the line"),
-        ('{"txt": "two"}', 'has no "text" (it has txt). Fix the record or name its key'),
+        (
+            '{"txt": "two"}',
+            'has no "text" (it has txt). ' + _NAME_KEYS,
+        ),
         ('{"text": null}', '"text" is null: expected text. Fix the record'),
-        ('{"text": 3}', '"text" is a int: expected text. Fix the record'),
+        ('{"text": 3}', '"text" is a number: expected text. Fix the record'),
         ('["text"]', "expected an object. Fix the record"),
         ("[" * 100_000, "not valid JSON (nested too deeply). Fix the line"),
         ('{"text": "\\ud800"}', "character 0 is half of a surrogate pair. Fix the record"),
@@ -818,7 +824,7 @@ def test_skipped_records_are_counted_and_listed(job: Job) -> None:
     assert report["sources"][0]["bad_records"] == 2
     assert report["bad_records"] == [
         "a.jsonl:41: not valid JSON (Expecting property name enclosed in double quotes at column 2). Fix the line",
-        'a.jsonl:42: "text" is a int: expected text. Fix the record',
+        'a.jsonl:42: "text" is a number: expected text. Fix the record',
     ]
     assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS)
 
