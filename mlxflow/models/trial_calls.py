@@ -4,8 +4,9 @@ MLX builds the graph of a call at once and computes it later, so shapes, missing
 in milliseconds, before anything is read or trained.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -19,6 +20,10 @@ from mlxflow.ops.random_state import same_random_state
 from mlxflow.storage.toml_tables import toml_value
 
 _TOKENS = 2
+
+
+class _TracedError(Exception):
+    """The trace of a compiled function is complete."""
 
 
 def require_call(model: nn.Module, config: Mapping[str, Any], name: str, *, vocab_size: int = 0) -> int:
@@ -112,17 +117,22 @@ def embeddings_of(tokens: mx.array) -> Iterator[list[int]]:
         yield rows
 
 
-def require_gradient(model: nn.Module, config: Mapping[str, Any], name: str, *, vocab_size: int = 0) -> None:
-    """Call a model as `require_call` does, and derive its result by the trainable weights.
+def require_gradient(
+    model: nn.Module, config: Mapping[str, Any], name: str, *, vocab_size: int = 0, compiles: bool = True
+) -> None:
+    """Call a model as `require_call` does, and derive its result by the trainable weights, in a compiled function.
+
+    A model that reads values of its arrays within its call (DBRX: which expert a token has) cannot be compiled.
 
     Args:
         model: its weights are not read.
         config: its `config.json`.
         name: of that file or of the setting that describes the model, for the message.
         vocab_size: see `require_call`.
+        compiles: whether the gradient will be compiled.
 
     Raises:
-        ArtifactError: the call fails, or MLX has no gradient of an operation; see `require_call`.
+        ArtifactError: the call fails, MLX has no gradient of an operation, or cannot compile it; see `require_call`.
     """
     require_call(model, config, name, vocab_size=vocab_size)
     tokens, weights = mx.zeros((1, _TOKENS), mx.int32), model.trainable_parameters()
@@ -133,11 +143,22 @@ def require_gradient(model: nn.Module, config: Mapping[str, Any], name: str, *, 
         model.update(traced)
         return cast("mx.array", model(tokens).sum())
 
+    def trace(traced: Any) -> None:
+        mx.grad(total)(traced)
+        raise _TracedError  # MLX would simplify the graph next, which takes ten times as long
+
     with _reported(config, name, "MLX cannot train that"), same_random_state(), restored_caches(model):
         try:
-            mx.grad(total)(weights)
+            (mx.compile(trace) if compiles else trace)(weights)
+        except _TracedError:
+            pass
         finally:
             model.update(weights)
+
+
+def choose(*, derives: bool, compiles: bool) -> Callable[..., object]:
+    """Return `require_gradient`, with or without compilation, or else `require_call`."""
+    return partial(require_gradient, compiles=compiles) if derives else require_call
 
 
 @contextmanager

@@ -341,9 +341,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     )
     if tokens is not None:
         derives = config.method in ("dwq", "block", "qat") or config.has_budget
-        require = trial_calls.require_gradient if derives else trial_calls.require_call
-        name = str(folder / "config.json")
-        require(dense.model, dense.config_json, name, vocab_size=tokens.train.vocab_size)
+        compiles = config.method != "dwq" or config.has_budget  # mlx-lm's DWQ does not
+        require = trial_calls.choose(derives=derives, compiles=compiles)
+        require(dense.model, dense.config_json, str(folder / "config.json"), vocab_size=tokens.train.vocab_size)
     metrics = outputs.metrics[0] if outputs.metrics else None
     request = table_requests.request_of(config, context, tokens, start=inputs.start, memory_key=MEMORY_LIMIT_KEY)
     result = job.run_job(request, dense, tokens, outputs=outputs, metrics=metrics, context=context)

@@ -3,6 +3,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import VOCAB_SIZE, config_of
 from mlxflow.messages.errors import ArtifactError
@@ -14,6 +15,11 @@ CONTRADICTION = config_of("llama") | {"model_type": "qwen", "kv_channels": 128, 
 UNDERIVED_ARGS = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16, "q_lora_rank": 32,
     "qk_rope_head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+DBRX = {
+    "model_type": "dbrx", "vocab_size": 128, "d_model": 64, "n_heads": 4, "n_layers": 2,
+    "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
 }  # fmt: skip
 UNDERIVED = {**UNDERIVED_ARGS, "model_type": "deepseek_v41", "vocab_size": 128}
 
@@ -38,6 +44,21 @@ def test_a_model_without_a_gradient_is_named() -> None:
         "VJP with respect to indices. Use stop_gradient on indices to stop gradients from being computed.). "
         "Name another model."
     )
+
+
+def test_a_model_that_reads_values_within_its_call_is_named() -> None:
+    """The step is compiled, and DBRX looks up the expert of each token on the host."""
+    model = model_folder.build(DBRX, seed=0)
+    trial_calls.require_call(model, DBRX, "train.model")
+    before = dict(tree_flatten(model.parameters()))
+    trial_calls.require_gradient(model, DBRX, "train.model", compiles=False)
+    with pytest.raises(ArtifactError) as caught:
+        trial_calls.require_gradient(model, DBRX, "train.model")
+    assert str(caught.value) == (
+        'train.model: model_type = "dbrx": MLX cannot train that (ValueError: [eval] Attempting to eval an array '
+        "during function transformations like compile or vmap is not allowed.). Name another model."
+    )
+    assert all(value is before[name] for name, value in tree_flatten(model.parameters()))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
