@@ -98,7 +98,15 @@ def closing_lines(built: Sequence[Node], num_fresh: int, seconds: float) -> Iter
     root = built[0].root
     page = layout.artifacts_folder(root) / layout.PAGE
     if page.is_file():
-        yield f"page: {Path(os.path.relpath(page)).as_posix()}  ({command('report --open')} shows it)"
+        state = ("is older than this build", "writes a new one") if _is_older(page, built) else ("", "shows it")
+        shown = f"{Path(os.path.relpath(page)).as_posix()} {state[0]}".rstrip()
+        yield f"page: {shown}  ({command('report --open')} {state[1]})"
+
+
+def _is_older(page: Path, built: Sequence[Node]) -> bool:
+    """Return whether a stage was built after the page was written: its figures are not on it."""
+    reports = (node.root / node.folder / layout.REPORT for node in built if node.task != "report")
+    return any(report.is_file() and report.stat().st_mtime_ns > page.stat().st_mtime_ns for report in reports)
 
 
 def _models(report: dict[str, Any]) -> Iterator[str]:

@@ -74,6 +74,8 @@ def _read(name: str) -> BenchmarkReport:
         return read_benchmark(existing[0])
     if not path.exists() and ":" in name:
         return _read_commit(name)
+    if not path.exists():
+        raise ArtifactError(f"{name}: missing. {advise_build('benchmark')}")
     return read_benchmark(path)
 
 

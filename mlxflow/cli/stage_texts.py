@@ -62,7 +62,7 @@ def _training(report: TrainReport, folder: Path, task: str) -> Iterator[str]:
     if curve.problem:
         yield curve.problem
     yield from report.warnings
-    epochs = "" if report.epochs is None else f" ({show(report.epochs)} epochs)"
+    epochs = "" if report.epochs is None else f" ({show(report.epochs)} epoch{'' if report.epochs == 1 else 's'})"
     yield (
         f"{task}: {report.parameters:,} parameters, {report.steps:,} steps{epochs}, {report.tokens:,} tokens, "
         f"{show(report.run.tokens_per_second)} tokens/s, peak {show_bytes(report.run.training_peak_memory_bytes)}"

@@ -123,6 +123,8 @@ def test_a_file_that_is_no_benchmark_report_is_refused_by_name(
     assert capsys.readouterr().err == f"{path}: no benchmark's report (it has no training and models). Name one.\n"
     assert main(["compare", str(tmp_path), str(path)]) == 2
     assert capsys.readouterr().err == f"{tmp_path}: no benchmark's report in it. Run: mlxflow build benchmark\n"
+    assert main(["compare", str(tmp_path / "none"), str(path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'none'}: missing. Run: mlxflow build benchmark\n"
     empty = tmp_path / "empty.toml"
     whole = report_files.read_report(built / "artifacts/benchmark/report.toml")
     report_files.write_report(empty, whole | {"training": [], "models": []})

@@ -1,5 +1,6 @@
 """The line of a finished stage and the closing summary."""
 
+import os
 import re
 from pathlib import Path
 
@@ -68,6 +69,10 @@ def test_the_closing_summary_names_the_models_and_the_page(tmp_path: Path, monke
         "quantize:q4  18.1 kB  perplexity -              -",
         "page: artifacts/index.html  (mlxflow report --open shows it)",
     ]
+    os.utime(tmp_path / "artifacts" / layout.PAGE, ns=(0, 0))  # as after a build of one stage
+    assert list(closing_lines([train], 0, 3.25))[-1] == (
+        "page: artifacts/index.html is older than this build  (mlxflow report --open writes a new one)"
+    )
 
 
 def test_a_report_that_cannot_be_read_has_no_figures(tmp_path: Path) -> None:
