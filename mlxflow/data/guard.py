@@ -3,8 +3,8 @@
 Templates and the patterns of tokenizers are programs: `9**9**9` blocks the interpreter and `'x' * 10**10` exhausts
 memory, so they cannot be stopped from inside the process. The limits grow with the size of the input; see
 `mlxflow.data.watched`. Only processor time counts: a slow disk, a busy machine and waiting for a lock do not. Nor does
-importing installed packages; see `mlxflow.data.import_timing`. Work in a deadlock, which uses no processor time for
-long, is ended, too.
+importing installed packages; see `mlxflow.data.import_timing`. A process in a deadlock, which uses no processor time
+for long, is ended, too, whether it works on an untrusted file or not.
 """
 
 import contextlib
@@ -13,11 +13,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from mmap import mmap
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
@@ -31,6 +34,7 @@ from mlxflow.storage import temporary_files
 _LOOKS_SECONDS = 0.1
 _GRACE_SECONDS = 10
 _MEMORY_SHARE = 0.75
+_SENT_AT_ONCE_BYTES = 4096  # less than a connection holds anywhere, when the process has answered all earlier calls
 _IDLE_PROCESSOR_SECONDS = 0.1  # threads that only wait for a clock take less in ten minutes
 
 # Someone has stopped it, or its disk does not answer
@@ -49,7 +53,7 @@ class ProcessLimits(NamedTuple):
         run_seconds_per_byte: additional, for each byte of input so far.
         run_seconds_per_text: additional, for each text so far: a record, or a batch of documents.
         module_seconds: additional to `seconds`, while a module is being imported.
-        idle_seconds: of wall-clock time without progress and without processor time.
+        idle_seconds: of wall-clock time without progress and without processor time, except for announced waits.
     """
 
     seconds: float = 10
@@ -105,12 +109,11 @@ class Guard:
 
         Raises:
             SourceError: the work exceeded its limits or ended the process; the message names the file.
-            StageError: the process ended while it worked on no untrusted file, or its work is in a deadlock.
+            StageError: the process ended while it worked on no untrusted file, or it is in a deadlock.
         """
-        with contextlib.suppress(BrokenPipeError):
-            self._connection.send((name, values))
+        self._send(bytes(ForkingPickler.dumps((name, values))))
         try:
-            self._wait()
+            self._wait(name)
         except (_TooMuchError, _DeadlockError):
             self._process.kill()  # it may block the interpreter, or still allocate memory
             raise
@@ -122,12 +125,32 @@ class Guard:
             raise result
         return result
 
-    def _wait(self) -> None:
+    def _send(self, data: bytes) -> None:
+        """Send a call to the process, in a thread if the process has to read a part of it first: it may hang."""
+
+        def send(connection: "Connection[Any, Any]") -> None:
+            with contextlib.suppress(OSError):  # the process has ended
+                connection.send_bytes(data)
+
+        def send_by_copy(connection: "Connection[Any, Any]") -> None:
+            with connection:  # of its own: the other one is closed when the process has been ended
+                send(connection)
+
+        if len(data) <= _SENT_AT_ONCE_BYTES:
+            send(self._connection)
+        else:
+            copy = Connection(os.dup(self._connection.fileno()))
+            threading.Thread(target=send_by_copy, args=(copy,), name="sends a call", daemon=True).start()
+
+    def _wait(self, name: str) -> None:
         """Wait for an answer or the end of the process.
+
+        Args:
+            name: of the called function, for messages.
 
         Raises:
             SourceError: the work exceeded its limits, or ended the process.
-            StageError: the process ended while it worked on no untrusted file, or its work is in a deadlock.
+            StageError: the process ended while it worked on no untrusted file, or it is in a deadlock.
         """
         process = self._watched
         since: dict[int, tuple[int, float]] = {}  # for each piece of work: its progress, and when it was first observed
@@ -146,11 +169,11 @@ class Guard:
                 moved_at, memory_before = used, memory
             since = {s: since[s] if s in since and since[s][0] == now[s][0] else now[s] for s in now}
             self._count(work, used)
-            idle.add(spent, moved=moved or not work)
-            if work:
-                oldest = min(work, key=lambda one: since[one.slot][1])
+            idle.add(spent, moved=moved or self._board.is_waiting)
+            oldest = min(work, key=lambda one: since[one.slot][1], default=None)
+            _check_idle(_named(oldest) if oldest else f"the guarded process, in {name},", idle.seconds, process)
+            if oldest:
                 size = sum(one.size for one in work)
-                _check_idle(oldest, idle.seconds, process)
                 _check_seconds(oldest, size, used - moved_at - LIMITS.module_seconds * (importing > 0))
                 _check_memory(oldest, size, memory, memory_before, process)
                 if not importing:
@@ -217,7 +240,7 @@ class _TooMuchError(SourceError):
 
 
 class _DeadlockError(StageError):
-    """Work uses no processor time."""
+    """A process uses no processor time."""
 
 
 class _IdleTime:
@@ -236,7 +259,7 @@ class _IdleTime:
 
         Args:
             spent: the processor time of the process so far.
-            moved: whether it made progress, or has no work.
+            moved: whether it made progress, or waits for another process.
         """
         now = time.monotonic()
         self.seconds += min(now - self._looked, 1)
@@ -259,9 +282,9 @@ def _stderr() -> int:
         return os.open(os.devnull, os.O_WRONLY)
 
 
-def _check_idle(work: Announced, seconds: float, process: psutil.Process) -> None:
-    if seconds > LIMITS.idle_seconds and process.status() not in _WAITING_STATES:
-        raise _DeadlockError(f"{_named(work)} hangs: no processor time for {LIMITS.idle_seconds:,.3g} s. Run it again.")
+def _check_idle(subject: str, seconds: float, process: psutil.Process) -> None:
+    if seconds > (limit := LIMITS.idle_seconds) and process.status() not in _WAITING_STATES:
+        raise _DeadlockError(f"{subject} hangs: no processor time for {limit:,.3g} s. Run it again.")
 
 
 def _check_seconds(work: Announced, size: int, used: float) -> None:

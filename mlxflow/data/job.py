@@ -1,6 +1,7 @@
 """The work of `pretokenize` for one corpus: tokenize its files, split its documents, pack rows."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from mlxflow.data import (
     shortage,
     token_file_writer,
     tokenizer_folder,
+    watched,
 )
 from mlxflow.data.bin_packing import Packing
 from mlxflow.data.corpus_figures import SideCounts
@@ -134,7 +136,9 @@ def run_job(request: CorpusRequest, files: CorpusFiles, context: Context) -> Pac
     shards = context.state / layout.SHARDS
     store = shard_cache.ShardStore(shards)
     waiting = f"{context.task}: waits for the shards, used by process {{holder}}"
-    with hold(shards / layout.LOCK, waiting, wait=True, needed=True):
+    with ExitStack() as held:
+        with watched.waiting():
+            held.enter_context(hold(shards / layout.LOCK, waiting, wait=True, needed=True))
         vocabulary = choose_vocabulary(
             request.tokenizer,
             files_to_read,

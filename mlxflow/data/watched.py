@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
@@ -25,8 +26,8 @@ NUM_SLOTS = 1024
 
 _NUMBERS = 6  # fields of a slot: size + 1, progress, position, length of the text; total so far: bytes, texts
 _TEXT_BYTES = 1024
-_IMPORT_BYTES = 16  # modules in execution, nanoseconds of importing
-BOARD_BYTES = NUM_SLOTS * (8 * _NUMBERS + _TEXT_BYTES) + _IMPORT_BYTES
+_STATE_BYTES = 24  # modules in execution, nanoseconds of importing, waits for other processes
+BOARD_BYTES = NUM_SLOTS * (8 * _NUMBERS + _TEXT_BYTES) + _STATE_BYTES
 
 
 class Announced(NamedTuple):
@@ -59,8 +60,8 @@ class Board:
     def __init__(self, memory: "mmap.mmap | bytearray | None" = None) -> None:
         view = memoryview(bytearray(BOARD_BYTES) if memory is None else memory)
         self.numbers = view[: 8 * _NUMBERS * NUM_SLOTS].cast("q")
-        self.texts = view[8 * _NUMBERS * NUM_SLOTS : -_IMPORT_BYTES]
-        self._imports = view[-_IMPORT_BYTES:].cast("q")
+        self.texts = view[8 * _NUMBERS * NUM_SLOTS : -_STATE_BYTES]
+        self._state = view[-_STATE_BYTES:].cast("q")
         self._lock = threading.Lock()
         self.free = list(range(NUM_SLOTS))
 
@@ -85,14 +86,24 @@ class Board:
 
         The module that a thread executes at present is not included in the seconds.
         """
-        importing, nanoseconds = self._imports.tolist()
+        importing, nanoseconds, _ = self._state.tolist()
         return importing, nanoseconds / 1e9
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the process waits for another one; see `waiting`."""
+        return bool(self._state[2])
+
+    def add_waiting(self, change: int) -> None:
+        """Announce the beginning or the end of a wait; see `waiting`."""
+        with self._lock:
+            self._state[2] += change
 
     def add_imports(self, change: int, nanoseconds: int) -> None:
         """Announce the beginning or the end of an import; see `ImportTimer`."""
         with self._lock:
-            self._imports[0] += change
-            self._imports[1] += nanoseconds
+            self._state[0] += change
+            self._state[1] += nanoseconds
 
 
 _board = Board()
@@ -148,6 +159,16 @@ class Work:
         if error is not None and (is_panic(error) or type(error) is Exception or isinstance(error, MemoryError)):
             reason = reason_of(error) or "out of memory"
             raise SourceError(f"{self._subject} failed ({reason}). Fix it or name another.") from None
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Announce that this process waits for another one, perhaps for hours, until the block ends: it does not hang."""
+    _board.add_waiting(1)
+    try:
+        yield
+    finally:
+        _board.add_waiting(-1)
 
 
 def is_panic(error: BaseException) -> bool:

@@ -149,11 +149,24 @@ def test_the_guarded_process_ends_with_its_parent_even_in_c_code() -> None:
 
 _WAITS = """
 import os, sys, threading, time
-from mlxflow.data.watched import Work
+from pathlib import Path
+from mlxflow.data.watched import Work, waiting
 
-def wait():
+def wait(file):
     with Work("the tokenizer"):
-        threading.Event().wait(60)
+        wait_unannounced(file)
+
+def wait_unannounced(file):
+    Path(file).touch()
+    threading.Event().wait(60)
+
+def wait_for_another(file, go):
+    with waiting():
+        Path(file).touch()
+        begin = time.monotonic()
+        while not Path(go).exists() and time.monotonic() < begin + 60:
+            time.sleep(0.01)
+    return Path(go).exists()
 
 def leave_a_process(file):
     if (child := os.fork()) == 0:
@@ -180,12 +193,59 @@ def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
 
+def _limit_idle_time(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[], float]) -> None:
+    """Let a function return the limit at each check: on a busy machine the start of a process takes any time."""
+    limits = type("Limits", (ProcessLimits,), {"idle_seconds": property(lambda _: seconds())})
+    monkeypatch.setattr(guard, "LIMITS", limits())
+
+
+_IN_A_CALL = "the guarded process, in work_of_a_test:wait_unannounced,"
+
+
 @pytest.mark.usefixtures("_work")
-def test_work_in_a_deadlock_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "LIMITS", ProcessLimits(idle_seconds=0.5))
+@pytest.mark.parametrize(("function", "subject"), [("wait", "the tokenizer"), ("wait_unannounced", _IN_A_CALL)])
+def test_a_process_in_a_deadlock_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, subject: str
+) -> None:
+    waits = tmp_path / "waits"
+    _limit_idle_time(monkeypatch, lambda: 0.5 if waits.exists() else 600)
     with pytest.raises(StageError) as caught:
-        guarded("work_of_a_test:wait")
-    assert str(caught.value) == "the tokenizer hangs: no processor time for 0.5 s. Run it again."
+        guarded(f"work_of_a_test:{function}", str(waits))
+    assert str(caught.value) == f"{subject} hangs: no processor time for 0.5 s. Run it again."
+
+
+@pytest.mark.usefixtures("_work")
+def test_a_process_that_hangs_before_it_reads_a_call_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is larger than a connection holds."""
+    waits = tmp_path / "waits"
+    code = f"import pathlib, threading\npathlib.Path({str(waits)!r}).touch()\nthreading.Event().wait(60)\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    _limit_idle_time(monkeypatch, lambda: 0.5 if waits.exists() else 600)
+    with pytest.raises(StageError) as caught:
+        guarded("builtins:len", "x" * 10_000_000)
+    assert str(caught.value) == (
+        "the guarded process, in builtins:len, hangs: no processor time for 0.5 s. Run it again."
+    )
+
+
+def test_a_call_with_much_data_is_answered() -> None:
+    assert guarded("builtins:len", "x" * 10_000_000) == 10_000_000
+
+
+@pytest.mark.usefixtures("_work")
+def test_a_process_that_waits_for_another_one_is_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, go = tmp_path / "waits", tmp_path / "go"
+    num_checks = 0
+
+    def seconds() -> float:
+        nonlocal num_checks
+        num_checks += waits.exists()
+        if num_checks == 5:
+            go.touch()
+        return 0 if 1 < num_checks < 5 else 600  # the first check may have begun before
+
+    _limit_idle_time(monkeypatch, seconds)
+    assert guarded("work_of_a_test:wait_for_another", str(waits), str(go))
 
 
 @pytest.mark.usefixtures("_work")
