@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.finetune_folder import write_random_folder
 from benchmarks.quantization_job import print_row
+from benchmarks.real_models import MODELS
 from benchmarks.shapes import SMOLLM2_135M
 from mlxflow.quantization.work_forecast import FILE
 from mlxflow.quantization.work_records import read_records
@@ -56,19 +57,23 @@ def forecast(names: str = ";".join(TABLES), layers: str = "6", runs: str = "2", 
 
     Args:
         names: of `TABLES`, with semicolons between them.
-        layers: of the model, which has SmolLM2's width.
+        layers: of the model, which has SmolLM2's width; or the name of a real model, such as "smollm2".
         runs: of each method.
         clock: "wall", or "cpu" for the CPU seconds of one thread, also in the trial by which forecasts are made.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        model = Path(temporary) / "model"
-        model.mkdir()
-        write_random_folder(_SHAPE | {"num_hidden_layers": int(layers)}, model)
+        model = MODELS[layers]() if layers in MODELS else _random_model(Path(temporary) / "model", int(layers))
         for name in names.split(";"):
             folder = Path(temporary) / name.replace(" ", "_")
             _prepare(folder, model, _USUAL | TABLES[name])
             for number in range(int(runs)):
                 print_row(f"{name}, run {number + 1}", **_measured(folder, clock))
+
+
+def _random_model(folder: Path, layers: int) -> Path:
+    folder.mkdir()
+    write_random_folder(_SHAPE | {"num_hidden_layers": layers}, folder)
+    return folder
 
 
 def _prepare(folder: Path, model: Path, table: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from mlxflow.quantization.mlx_lm_patches import (
     packed_layer,
     packed_layers,
     quiet,
+    recomputing_blocks,
 )
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
@@ -234,7 +235,7 @@ def dwq(
     """Return layers whose scales and biases are trained to reproduce the dense model's logits (DWQ).
 
     Affine layers with less than 8 bits are trained for one pass over the rows; the others are rounded. The quantized
-    model is in memory as a whole; of the dense one, a block at a time is.
+    model is in memory as a whole, the activations of a block at a time; of the dense model, a block at a time is.
 
     Args:
         load: returns the dense model in eval mode, with lazy weights of its own.
@@ -262,7 +263,7 @@ def dwq(
     dtype = next(layer.weight.dtype for path, layer in layers.items() if path in plan)
     student = _rounded(load(), plan)
     rows = [(row, 0) for row in numpy_of(tokens).tolist()]
-    with numpy_random_kept(), dense_products(student), quiet():
+    with numpy_random_kept(), dense_products(student), recomputing_blocks(student), quiet():
         dwq_quantize(
             student,
             lambda batch, _, split: teacher.logits(batch),

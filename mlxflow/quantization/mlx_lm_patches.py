@@ -12,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlxflow.ops import patching
+from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import Setting
@@ -84,6 +85,17 @@ def dense_products(model: nn.Module) -> Iterator[None]:
     kinds = _dense_product_kinds() if mx.default_device() == mx.cpu else {}
     layers = [layer for layer in model.modules() if type(layer) in kinds and layer.mode == "affine"]
     with patching.layer_classes([(layer, kinds[type(layer)]) for layer in layers], by=__name__):
+        yield
+
+
+@contextlib.contextmanager
+def recomputing_blocks(model: nn.Module) -> Iterator[None]:
+    """Keep only the inputs of a model's blocks for the backward pass, if it has a list of blocks.
+
+    Else the activations of all blocks are held, and on the CPU all dequantized weights, see `dense_products`.
+    """
+    has_blocks = isinstance(getattr(model, "layers", None), list)
+    with recomputed(model, every=1) if has_blocks else contextlib.nullcontext():
         yield
 
 

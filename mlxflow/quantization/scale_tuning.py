@@ -14,7 +14,7 @@ from mlx.utils import tree_map, tree_unflatten
 from numpy.typing import NDArray
 
 from mlxflow.quantization.codec import Packed
-from mlxflow.quantization.mlx_lm_patches import dense_products
+from mlxflow.quantization.mlx_lm_patches import dense_products, recomputing_blocks
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_losses
 
@@ -81,7 +81,7 @@ def tune_scales(
     zeros = {name: mx.zeros_like(value) for name, value in grids.begin.items()}
     state: _TuningState = (dict(grids.begin), zeros, dict(zeros))
     losses: list[float] = []
-    with dense_products(student):
+    with dense_products(student), recomputing_blocks(student):
         compiled = mx.compile(step)
         for number, rows in enumerate(_order(len(tokens), batch_size, num_steps, seed)):
             batch = (mx.array(tokens[rows].astype(np.int32)), *teacher.of(rows))
@@ -101,11 +101,13 @@ class _Grids:
     def __init__(self, student: nn.Module, plan: Mapping[str, Setting]) -> None:
         self._student, self._plan = student, plan
         self._modules = dict(student.named_modules())
+        student.freeze()  # a recomputed block has gradients of what is trained alone
         self.begin: dict[str, mx.array] = {}
         self.units: dict[str, mx.array] = {}
         self._dtypes: dict[str, mx.Dtype] = {}
         for path in (path for path, setting in plan.items() if setting.mode == "affine"):
             layer = self._modules[path]
+            layer.unfreeze(keys=["scales", "biases"], recurse=False)
             unit = mx.abs(layer.scales.astype(mx.float32)).mean()
             for own in ("scales", "biases"):
                 self._dtypes[f"{path}.{own}"] = layer[own].dtype

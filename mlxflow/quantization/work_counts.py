@@ -13,7 +13,7 @@ from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
 
 # Forward passes over the calibration rows that a method is worth, besides what is counted in detail
-_PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 5, "block": 6, "qat": 0}
+_PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 6, "block": 6, "qat": 0}
 
 # Operations to round a weight to a fitted grid, and to pack it. Below: those of a logit in a comparison of two models,
 # and in a training loss: exponentials and passes over memory, in the time of so many operations in products
@@ -159,9 +159,9 @@ def held_models(
         activations = shape.num_blocks * _activation_bytes(shape, row_tokens, row_tokens)
         found["budget"] = _GRADIENT_SUMS * shape.parameters + activations + 16.0 * row_tokens * shape.vocab_size
     if request.method == "dwq":
-        found["dwq"] = _tuning_bytes(shape, _DWQ_ROWS * row_tokens, row_tokens)
+        found["dwq"] = _recomputed_tuning_bytes(shape, _DWQ_ROWS * row_tokens, row_tokens)
     if request.method == "block" and request.scale_steps:
-        found["scale_steps"] = _tuning_bytes(shape, min(TOKENS_PER_STEP, tokens), row_tokens)
+        found["scale_steps"] = _recomputed_tuning_bytes(shape, min(TOKENS_PER_STEP, tokens), row_tokens)
     if request.training is not None:
         positions = request.training.settings.batch_size * row_tokens
         if request.training.trains == "scales":
@@ -181,7 +181,7 @@ def _method_operations(
     if request.method == "block":
         operations += shape.parameters * _ROUNDING + 6.0 * request.block_steps * TOKENS_PER_STEP * shape.blocks
         if request.scale_steps:
-            operations += 6.0 * request.scale_steps * TOKENS_PER_STEP * shape.parameters + one_pass
+            operations += 8.0 * request.scale_steps * TOKENS_PER_STEP * shape.parameters + one_pass
     if request.training is not None:
         settings = request.training.settings
         read = settings.num_steps * settings.rows_per_step
@@ -282,6 +282,15 @@ def _tuning_bytes(shape: ModelShape, positions: int, row_tokens: int) -> float:
     weights = shape.parameters * (9.0 if mx.default_device() == mx.cpu else 1.0)
     activations = shape.num_blocks * _activation_bytes(shape, positions, row_tokens)
     return weights + activations + 16.0 * positions * shape.vocab_size
+
+
+def _recomputed_tuning_bytes(shape: ModelShape, positions: int, row_tokens: int) -> float:
+    """Return about the same where the blocks are recomputed: their inputs, and one block or the head at a time."""
+    block, (_, largest) = shape.blocks / shape.num_blocks, _outside(shape)
+    weight = 14.0 if mx.default_device() == mx.cpu else 6.0  # dequantized on a CPU, and its gradient
+    inputs = shape.num_blocks * positions * shape.hidden_size * _width_in_products(shape)
+    head = weight * largest + 16.0 * positions * shape.vocab_size
+    return 1.2 * shape.parameters + inputs + max(head, weight * block + _activation_bytes(shape, positions, row_tokens))
 
 
 def _hessian_bytes(shape: ModelShape) -> float:

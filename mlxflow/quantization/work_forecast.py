@@ -114,10 +114,9 @@ def announced(
         return work_of(request, shape, **sizes, is_unusual=bool(unusual))
 
     work = counted_work(request)
-    dtype = next((layer.weight.dtype for layer in quantizable_layers(dense.model).values()), mx.float32)
-    if request.method == "block" and mx.default_device() == mx.cpu:
-        dtype = mx.float32  # in which blocks are computed there
-    counted = _FIXED_SECONDS + work.operations / operations_per_second(shape.hidden_size, dtype)
+    counted = _FIXED_SECONDS + work.operations / operations_per_second(
+        shape.hidden_size, dtype_of_products(request, dense.model)
+    )
     kind = f"{kind_of(request)} of a whole model" if unusual else kind_of(request)
     file, name = context.state / FILE, f"{kind} on {context.device} {compute_device.name()}"
     records = read_records(file)
@@ -146,6 +145,13 @@ def announced(
     if not is_resumed:
         record = WorkRecord((time.perf_counter() - begin) / counted, peak.bytes / work.held_bytes)
         write_records(file, records | {name: [*own, record][-_MOST_RECORDS:]})
+
+
+def dtype_of_products(request: QuantizationRequest, model: nn.Module) -> mx.Dtype:
+    """Return the dtype of most products of a request: a CPU, where those in bf16 are slow, casts some parts to fp32."""
+    stored = next((layer.weight.dtype for layer in quantizable_layers(model).values()), mx.float32)
+    is_cast = request.method == "block" or request.rotations or request.budget is not None  # see `scale_groups`
+    return mx.float32 if is_cast and mx.default_device() == mx.cpu else stored
 
 
 def _unusual_blocks(request: QuantizationRequest, model: nn.Module, context_length: int) -> str:

@@ -1,9 +1,13 @@
+import gc
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 
+from mlxflow.quantization import scale_tuning
 from mlxflow.quantization.apply import apply_plan
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
@@ -15,26 +19,28 @@ from tests.small_models import llama
 TOKENS = np.random.default_rng(0).integers(0, 50, (64, 8))
 
 
-def _model() -> nn.Module:
-    model, _ = llama(hidden_size=64, intermediate_size=64, num_heads=2)
+def _model(num_layers: int = 2) -> nn.Module:
+    model, _ = llama(hidden_size=64, intermediate_size=64, num_heads=2, num_layers=num_layers)
     model.eval()
     return model
 
 
-def _plan(mode: str = "affine") -> dict[str, Setting]:
+def _plan(mode: str = "affine", num_layers: int = 2) -> dict[str, Setting]:
     """Return a plan whose blocks have a mode."""
-    modes = {path: mode if ".layers." in path else "affine" for path in quantizable_layers(_model())}
+    modes = {path: mode if ".layers." in path else "affine" for path in quantizable_layers(_model(num_layers))}
     return {path: Setting(one, 2, 32, narrows_scales=True) for path, one in modes.items()}
 
 
-def _tuned(folder: Path, mode: str = "affine", num_steps: int = 60) -> tuple[TunedScales, nn.Module, nn.Module]:
+def _tuned(
+    folder: Path, mode: str = "affine", num_steps: int = 60, num_layers: int = 2
+) -> tuple[TunedScales, nn.Module, nn.Module]:
     """Return the result, the tuned model, and one that is only rounded."""
-    student, rounded, plan = _model(), _model(), _plan(mode)
+    student, rounded, plan = _model(num_layers), _model(num_layers), _plan(mode, num_layers)
     for model in (student, rounded):
         apply_plan(model, plan)
         model.eval()
     teacher = cached_teacher(
-        _model,
+        lambda: _model(num_layers),
         all_rows(TOKENS[:48]),
         masks_documents=False,
         num_likeliest=16,
@@ -57,6 +63,27 @@ def test_tuned_scales_are_nearer_to_the_dense_model_on_other_rows(tmp_path: Path
     made, student, rounded = _tuned(tmp_path)
     assert made.last_loss < 0.9 * made.first_loss
     assert _kl(student) < 0.95 * _kl(rounded)
+
+
+def test_blocks_are_recomputed_with_the_same_result_in_less_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tuned(folder: str) -> tuple[TunedScales, int]:
+        gc.collect()
+        mx.clear_cache()
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        made, *_ = _tuned(tmp_path / folder, num_steps=3, num_layers=8)
+        return made, mx.get_peak_memory() - held
+
+    recomputed, least = tuned("one")
+    monkeypatch.setattr(scale_tuning, "recomputing_blocks", lambda _: nullcontext())
+    whole, most = tuned("other")
+    assert least < 0.7 * most
+    assert recomputed.last_loss == pytest.approx(whole.last_loss, rel=1e-4)
+    for path, packed in recomputed.packed.items():
+        ours, theirs = (one.scales.astype(mx.float32) for one in (packed, whole.packed[path]))
+        assert mx.allclose(ours, theirs, rtol=1e-2, atol=1e-4), path
 
 
 def test_codes_and_dtypes_stay(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from benchmarks.quantization_forecast import forecast_seconds
 from mlxflow.quantization import block_calls, work_forecast
 from mlxflow.quantization.bit_allocation import BudgetRequest
 from mlxflow.quantization.work_counts import work_of
-from mlxflow.quantization.work_forecast import described, kind_of, operations_per_second, predicted
+from mlxflow.quantization.work_forecast import described, dtype_of_products, kind_of, operations_per_second, predicted
 from mlxflow.quantization.work_records import WorkRecord, read_records
 from tests.quantization.test_work_counts import request_of
+from tests.small_models import llama
 from tests.stages.test_quantize import Job
 from tests.stages.test_quantize import job as job  # a fixture
 
@@ -57,6 +58,16 @@ def test_runs_of_one_kind_predict_each_other() -> None:
     assert kind_of(request_of("rtn")) == "rtn"
     assert kind_of(request_of("rtn", rotations=2, budget=budget)) == "rtn with rotations and a budget"
     assert kind_of(request_of("block", scale_steps=3)) == "block with scales"
+
+
+def test_the_trial_has_the_dtype_in_which_a_cpu_computes() -> None:
+    model, _ = llama(vocab_size=60, hidden_size=64, num_layers=1)
+    model.set_dtype(mx.bfloat16)
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+    assert dtype_of_products(request_of("rtn"), model) == mx.bfloat16
+    cast = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    for request in (request_of("block"), request_of("rtn", rotations=2), request_of("gptq", budget=budget)):
+        assert dtype_of_products(request, model) == cast
 
 
 def test_the_trial_counts_products() -> None:
