@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.journey import pretrained
 
 #: A first hour takes no more commands than these.
 MAX_COMMANDS = 4
@@ -33,18 +32,19 @@ class Newcomer:
         self._programs = programs
         self.commands: list[str] = []
 
-    def types(self, command: str, *, expects: int = 0, stdin: str = "") -> str:
+    def types(self, command: str, *, expects: int = 0, stdin: str = "", **variables: str) -> str:
         """Run a command and return what it prints to standard output.
 
         Args:
             command: for `sh`.
             expects: its exit code.
             stdin: text that is typed while it runs.
+            variables: of the environment.
         """
         self.commands.append(command)
         assert len(self.commands) <= MAX_COMMANDS, self.commands
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"PATH": f"{self._programs}:/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+        environment |= {"PATH": f"{self._programs}:/usr/bin:/bin", "HF_HUB_OFFLINE": "1", **variables}
         done = subprocess.run(
             ["sh", "-c", command],
             cwd=self.folder,
@@ -90,6 +90,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*pip, "--no-deps", str(wheel)], check=True, capture_output=True)
     packages = next(environment.glob("lib/python*/site-packages"))
     (packages / "others.pth").write_text("\n".join(place for place in sys.path if "site-packages" in place))
+    doit = environment / "bin/doit"  # pip would install it beside mlxflow
+    doit.write_text(f"#!{environment / 'bin/python'}\nimport sys\nfrom doit.__main__ import main\nsys.exit(main())\n")
+    doit.chmod(0o755)
     return environment / "bin"
 
 
@@ -101,10 +104,7 @@ def newcomer(programs: Path, tmp_path: Path) -> Newcomer:
 
 @pytest.fixture(scope="session")
 def chat_model(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a chat model: SmolLM2-135M-Instruct if it was downloaded before, else one of an example's base."""
-    downloaded = pretrained.cache_folder() / "SmolLM2-135M-Instruct"
-    if (downloaded / "config.json").is_file():
-        return downloaded
+    """The folder of a chat model: the base of an example, for 64 positions."""
     folder = tmp_path_factory.mktemp("model")
     shutil.copytree(EXAMPLES / "chat-lora", folder / "made", ignore=shutil.ignore_patterns("artifacts"))
     maker = Newcomer(folder / "made", programs)
