@@ -4,7 +4,6 @@ mlx-lm's function takes a whole model. The inputs of every layer are those of th
 given to it as a model of its own, with the dense model's hidden states as its rows: the codes are the same.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,13 +16,9 @@ from mlxflow.messages.errors import CallError
 from mlxflow.quantization.block_calls import RecordedPass, after_blocks, find_blocks
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.layer_inputs import remove_weights
-from mlxflow.quantization.mlx_lm_patches import following, packed_layers, quiet
+from mlxflow.quantization.mlx_lm_patches import NOT_DEFINITE, checked_factors, following, packed_layers, quiet
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import Setting
-
-# MLX's words about the inverse of a Hessian that rows do not determine; of one that is not positive definite
-# `cholesky` returns anything, and the inversion of that fails
-_UNSOLVED = re.compile(r"cholesky|inversion failed", re.IGNORECASE)
 
 #: Bits that mlx-lm's function has.
 GPTQ_BITS = (2, 4, 8)
@@ -149,15 +144,15 @@ def _learned(
     packed: dict[str, Packed] = {}
     for setting, paths in learned_by_setting(model, plan).items():
         own = dict.fromkeys(paths, setting)
-        with following(model, own, free=set(paths), hides=True), quiet():
+        with following(model, own, free=set(paths), hides=True), checked_factors(), quiet():
             try:
                 bits, group_size = setting.bits, setting.group_size
                 gptq_quantize(model, rows, bits, group_size, bits, group_size, batch_size)
-            except (RuntimeError, ValueError) as error:
+            except ValueError as error:
                 if "[diag]" in str(error):
                     advice = "Calibrate on longer rows, or set another method"
                     raise CallError(f"{name}: a layer is not computed on the calibration rows. {advice}.") from error
-                if _UNSOLVED.search(str(error)) is None:
+                if str(error) != NOT_DEFINITE:
                     raise
                 raise CallError(f"{name}: {error}. Calibrate on more rows (calibration_rows).") from error
             packed |= packed_layers(model, own)

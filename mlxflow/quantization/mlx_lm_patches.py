@@ -16,6 +16,10 @@ from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import Setting
+from mlxflow.storage.host_arrays import numpy_of
+
+#: The error of `checked_factors`.
+NOT_DEFINITE = "the Hessian of a layer is not positive definite"
 
 
 def packed_layer(layer: nn.Module, setting: Setting) -> nn.Module:
@@ -135,6 +139,27 @@ def _dense_product_kinds() -> dict[type[nn.Module], type[nn.Module]]:
         nn.QuantizedEmbedding: _DenseProductEmbedding,
         QuantizedSwitchLinear: type("_DenseProductExperts", (QuantizedSwitchLinear,), {"__call__": product_of_experts}),
     }
+
+
+@contextlib.contextmanager
+def checked_factors() -> Iterator[None]:
+    """Let the Cholesky decomposition of a matrix that is not positive definite raise an error.
+
+    MLX returns anything for it. With a zero on the diagonal, inverting that fails in a thread of MLX 0.32, which may
+    count the failed task as unfinished for ever: whatever the process evaluates above the memory limit later waits for
+    it in an endless loop.
+    """
+    plain = mx.linalg.cholesky
+
+    def cholesky(a: mx.array, upper: bool = False, *, stream: Any = None) -> mx.array:
+        factor = plain(a, upper, stream=stream)
+        pivots = mx.diagonal(factor, axis1=-2, axis2=-1, stream=stream)
+        if not numpy_of((pivots > 0) & (pivots < mx.inf)).all():
+            raise ValueError(NOT_DEFINITE)
+        return factor
+
+    with patching.attributes((mx.linalg, "cholesky", cholesky), by=__name__):
+        yield
 
 
 @contextlib.contextmanager

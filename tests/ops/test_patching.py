@@ -47,7 +47,7 @@ from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.grid_training import grids_in_training
 from mlxflow.quantization.layer_inputs import input_products
-from mlxflow.quantization.mlx_lm_patches import dense_products, following
+from mlxflow.quantization.mlx_lm_patches import checked_factors, dense_products, following
 from mlxflow.quantization.settings import Setting
 from mlxflow.training.frozen_shards import FrozenShards
 from mlxflow.training.output_head import find_head
@@ -196,6 +196,7 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
         lambda model: dense_products(_quantized(model)),
         {f"class of {LAYERS}.quantized.QuantizedLinear", f"class of {LAYERS}.quantized.QuantizedEmbedding"},
     ),
+    ("mlxflow.quantization.mlx_lm_patches", lambda _: checked_factors(), {"mlx.core.linalg.cholesky"}),
     (
         "mlxflow.evaluation.model_server",
         lambda _: model_server.bound_to_one_model(),
@@ -304,6 +305,7 @@ def _state(model: nn.Module) -> list[Any]:
     owners = [
         mx,
         mx.fast,
+        mx.linalg,
         nn.Linear,
         nn.Embedding,
         base,

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -7,7 +8,7 @@ import pytest
 from benchmarks.architecture_configs import config_of
 from mlxflow.messages.errors import CallError
 from mlxflow.models import model_folder
-from mlxflow.quantization import gptq
+from mlxflow.quantization import gptq, mlx_lm_patches
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.settings import Setting
 
@@ -43,8 +44,30 @@ def test_rows_that_do_not_determine_a_hessian_are_named() -> None:
     model.model.embed_tokens.weight = mx.zeros_like(model.model.embed_tokens.weight)
     with pytest.raises(CallError) as caught:
         _learn(model, {"model.layers.0.mlp.up_proj": Setting("affine", 4, 32)})
-    assert str(caught.value).startswith("quantize.method: [")
-    assert str(caught.value).endswith(". Calibrate on more rows (calibration_rows).")
+    assert str(caught.value) == (
+        "quantize.method: the Hessian of a layer is not positive definite. Calibrate on more rows (calibration_rows)."
+    )
+
+
+def test_no_evaluation_fails_for_a_hessian_without_an_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one that fails, MLX may wait in an endless loop whenever the memory is above its limit."""
+    monkeypatch.setattr(mx.linalg, "cholesky_inv", lambda *_, **__: pytest.fail("it is inverted"))
+    model = model_folder.build(config_of("llama"), seed=0)
+    model.model.embed_tokens.weight = mx.zeros_like(model.model.embed_tokens.weight)
+    with pytest.raises(CallError):
+        _learn(model, {"model.layers.0.mlp.up_proj": Setting("affine", 4, 32)})
+
+
+@pytest.mark.parametrize("matrix", [[[0.0, 0.0], [0.0, 0.0]], [[1.0, 2.0], [2.0, 1.0]], [[1.0, 0.0], [0.0, math.nan]]])
+@pytest.mark.parametrize("upper", [True, False])
+def test_matrices_that_are_not_positive_definite_have_no_factor(matrix: list[list[float]], upper: bool) -> None:
+    plain, definite = mx.linalg.cholesky, mx.array([[2.0, 1.0], [1.0, 2.0]])
+    expected = plain(definite, upper, stream=mx.cpu)
+    with mlx_lm_patches.checked_factors():
+        assert mx.array_equal(mx.linalg.cholesky(definite, upper, stream=mx.cpu), expected)
+        with pytest.raises(ValueError, match="not positive definite"):
+            mx.linalg.cholesky(mx.array(matrix), upper, stream=mx.cpu)
+    assert mx.linalg.cholesky is plain
 
 
 def test_a_layer_that_is_not_computed_is_an_error() -> None:
