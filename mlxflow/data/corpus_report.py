@@ -1,5 +1,6 @@
 """The report of a corpus: figures of its sources, what was left out, and warnings about its splits."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NAMED = 3
+
+# A noun, and what says more of it
+_NOUN = re.compile(r"(.*?)((?: without | longer ).*|$)")
 
 
 class CorpusContents(NamedTuple):
@@ -147,7 +151,7 @@ def warnings(contents: CorpusContents, counts: dict[str, SideCounts]) -> Iterato
 
 
 def summary(contents: CorpusContents, counts: dict[str, SideCounts]) -> str:
-    """Return one line with the figures of both splits and of everything left out.
+    """Return one line with the figures of both splits, of everything left out, and of conversations that were cut.
 
     Args:
         contents: the corpus.
@@ -165,15 +169,26 @@ def summary(contents: CorpusContents, counts: dict[str, SideCounts]) -> str:
         "document without a token to learn": sum(shard.masked for shard in contents.shards),
         "row without a token to learn": sum(one.rows_without_targets for one in counts.values()),
         "bad record": sum(shard.num_bad for shard in contents.shards),
+        "conversation longer than a row": sum(one.dropped for one in counts.values()),
     }
-    left_out = ", ".join(count_of(count, noun) for noun, count in lost.items() if count)
-    return f"{figures}; left out: {left_out}" if left_out else figures
+    # Among other documents, which are cut at no loss, conversations in several rows are not counted apart
+    split = sum(one.cut_documents for one in counts.values() if one.conversations == one.documents)
+    groups = {
+        "left out": [count_of(count, noun) for noun, count in lost.items() if count],
+        "cut off after one row": _some_conversations(sum(one.truncated for one in counts.values())),
+        "cut into several rows": _some_conversations(split),
+    }
+    return "; ".join([figures, *(f"{what}: {', '.join(parts)}" for what, parts in groups.items() if parts)])
+
+
+def _some_conversations(count: int) -> list[str]:
+    return [count_of(count, "conversation")] if count else []
 
 
 def count_of(count: int, noun: str) -> str:
-    """Return a number with a noun in the singular or plural; "without" and the words after it are unchanged."""
-    head, space, rest = noun.partition(" without ")
-    return f"{count:,} {head}{'s' * (count != 1)}{space}{rest}"
+    """Return a number with a noun in the singular or plural; what follows "without" or "longer" is unchanged."""
+    head, rest = _NOUN.findall(noun)[0]
+    return f"{count:,} {head}{'s' * (count != 1)}{rest}"
 
 
 def list_some(names: Sequence[str]) -> str:

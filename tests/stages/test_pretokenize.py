@@ -960,6 +960,25 @@ def test_conversations_without_a_token_to_train_on_are_left_out_and_counted(
     assert "left out: 10 documents without a token to learn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("on_long", "said"),
+    [
+        ("split", "; cut into several rows: 3 conversations\n"),
+        ("truncate", "; cut off after one row: 3 conversations\n"),
+        ("drop", "; left out: 3 conversations longer than a row\n"),
+    ],
+)
+def test_what_happens_to_long_conversations_is_said(
+    job: Job, capsys: pytest.CaptureFixture[str], on_long: str, said: str
+) -> None:
+    records = [{"prompt": f"{i}?", "completion": f"{i} it is, and so on. " * (40 if i < 3 else 1)} for i in range(42)]
+    _write_jsonl(job.folder / "a.jsonl", records[:40])
+    _write_jsonl(job.folder / "v.jsonl", records[40:])
+    both = 'sources = ["a.jsonl"]\nvalidation_sources = ["v.jsonl"]'
+    job.run(f'{both}\ncontext_length = 64\non_long = "{on_long}"')
+    assert said in capsys.readouterr().err
+
+
 NOTHING_LEFT = "pretokenize.sources: no document is left to train on: "
 NAME_TEXT = "Name a file, a folder or a glob with text in it."
 
