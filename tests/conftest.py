@@ -48,6 +48,13 @@ def _own_search_path() -> Iterator[None]:
         os.environ["PYTHONSAFEPATH"] = before
 
 
+@pytest.fixture(autouse=True)
+def _own_buffers() -> None:
+    """Let no test get a buffer that an earlier one left in MLX's cache: it may be twice as large as what is needed."""
+    if mlx := sys.modules.get("mlx.core"):
+        mlx.clear_cache()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """End the processes that a failed test has left: a training on two ranks would slow down all later tests."""
