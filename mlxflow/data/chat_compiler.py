@@ -14,6 +14,7 @@ import jinja2.ext
 
 from mlxflow.data.chat_tracing import Trace, TracingEnvironment, TracingExtension
 from mlxflow.data.control_tokens import marked, unescaped
+from mlxflow.data.messages import RecordProblem
 from mlxflow.messages.errors import reason_of
 
 #: The date for templates that read the current date: the default of Llama 3's template.
@@ -26,17 +27,8 @@ Message = Mapping[str, Any]
 T = TypeVar("T")
 
 
-class TemplateProblem(Exception):  # noqa: N818 - becomes a bad record
-    """A conversation that a template refuses; the message is the reason.
-
-    Args:
-        text: why.
-        fix: what to do.
-    """
-
-    def __init__(self, text: str, *, fix: str = "Fix the record") -> None:
-        super().__init__(text)
-        self.fix = fix
+class TemplateProblem(RecordProblem):
+    """A conversation that a template refuses; the message is the reason."""
 
 
 class CompiledTemplate:

@@ -123,14 +123,14 @@ class Formatter:
             else:
                 try:
                     yield from self._documents_of(item)
+                except TemplateProblem as error:
+                    yield Bad(item.place, f"the template refuses it ({_shortened(str(error))}). {error.fix}")
                 except RecordProblem as error:
                     yield Bad(item.place, f"{_shortened(str(error))}. {error.fix}")
                 except RecursionError:
                     yield Bad(item.place, "is nested too deeply. Fix the record")
                 except ReservedCharacterError:
                     yield Bad(item.place, "holds one of U+FDD0 to U+FDD7, which are no characters. Fix the record")
-                except TemplateProblem as error:
-                    yield Bad(item.place, f"the template refuses it ({_shortened(str(error))}). {error.fix}")
 
     def _piece(self, item: PlainText) -> Document:
         data = item.text.encode()

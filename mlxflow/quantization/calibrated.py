@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages.errors import CallError
 from mlxflow.quantization.codec import Packed, narrowed, pack
-from mlxflow.quantization.gptq import GPTQ_BITS, compensated_layers
+from mlxflow.quantization.gptq import compensated_layers
 from mlxflow.quantization.mlx_lm_patches import (
     dense_products,
     numpy_random_kept,
@@ -28,7 +28,7 @@ from mlxflow.quantization.mlx_lm_patches import (
 )
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
-from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.settings import GPTQ_BITS, Setting
 from mlxflow.quantization.stored_codes import CodesOnDisk
 from mlxflow.storage.host_arrays import numpy_of
 

@@ -18,10 +18,7 @@ from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.layer_inputs import remove_weights
 from mlxflow.quantization.mlx_lm_patches import NOT_DEFINITE, checked_factors, following, packed_layers, quiet
 from mlxflow.quantization.plan import quantizable_layers
-from mlxflow.quantization.settings import Setting
-
-#: Bits that mlx-lm's function has.
-GPTQ_BITS = (2, 4, 8)
+from mlxflow.quantization.settings import GPTQ_BITS, Setting
 
 
 def compensated_layers(

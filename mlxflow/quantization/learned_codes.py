@@ -14,8 +14,7 @@ import msgspec
 from mlxflow.messages import terminal
 from mlxflow.quantization.codec import Packed
 from mlxflow.storage import atomic_folders, state_files, temporary_files, tensor_writing
-from mlxflow.storage.digests import digest_file, digest_json
-from mlxflow.storage.run_context import Context
+from mlxflow.storage.digests import digest_file
 from mlxflow.storage.state_files import InvalidStateError
 
 _FOLDER, _CODES, _FACTS = "learned", "codes.safetensors", "facts.json"
@@ -42,26 +41,26 @@ class _LearnedFacts(msgspec.Struct):
     figures: tuple[float, ...]
 
 
-def learned_once(folder: Path, context: Context, learn: Callable[[], LearnedCodes]) -> LearnedCodes:
+def learned_once(folder: Path, identity: str, learn: Callable[[], LearnedCodes], *, task: str) -> LearnedCodes:
     """Return what an interrupted run with the same settings learned; if there was none, learn it and write it.
 
     Args:
         folder: of this run only, for a folder of files.
-        context: of the stage.
+        identity: of everything that the result depends on: other codes are not taken.
         learn: computes the result.
+        task: the stage, for messages.
 
     Raises:
         StageError: the disk is full or cannot be written.
     """
     folder = folder / _FOLDER
-    identity = digest_json({"origin": context.provenance, "device": context.device})
     try:
         kept = _read(folder, identity)
     except InvalidStateError as error:
         state_files.say_ignored(folder / _FACTS, error, "The layers are learned again.")
         kept = None
     if kept is not None:
-        terminal.say(f"{context.task}: takes the layers that an interrupted run learned ({folder / _CODES})")
+        terminal.say(f"{task}: takes the layers that an interrupted run learned ({folder / _CODES})")
         return kept
     learned = learn()
     _write(folder, identity, learned)

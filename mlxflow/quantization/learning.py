@@ -86,7 +86,10 @@ def learn_layers(
         )
         return LearnedCodes(packed)
 
-    codes = learned_once(folder, context, learn) if request.method == "dwq" else learn()
+    if request.method == "dwq":
+        codes = learned_once(folder, _identity(layers, context), learn, task=context.task)
+    else:
+        codes = learn()
     return LearnedLayers(codes.packed, [], None, None)
 
 
@@ -107,6 +110,13 @@ def calibration_rows(
     return mx.array(batch.tokens), mx.array(batch.marks)
 
 
+def _identity(layers: Mapping[str, Setting], context: Context) -> str:
+    """Return a digest of everything that what is learned of a plan depends on."""
+    origin = {name: context.provenance[name] for name in sorted(context.provenance)}
+    settings = {path: list(setting) for path, setting in layers.items()}
+    return digest_json({"origin": origin, "device": context.device, "layers": settings})
+
+
 def _learn_blocks(
     request: QuantizationRequest,
     dense: DenseModel,
@@ -117,13 +127,11 @@ def _learn_blocks(
 ) -> block_method.LearnedBlocks:
     """Return the layers that the method "block" learns; its files make an interrupted run resume."""
     key = context.task
-    origin = {name: context.provenance[name] for name in sorted(context.provenance)}
-    settings = {path: list(setting) for path, setting in layers.items()}
     asked = block_method.BlockRequest(
         num_steps=request.block_steps,
         seed=derive_seed(context.seed, "quantize.rows"),
         folder=folder,
-        identity=digest_json({"origin": origin, "device": context.device, "layers": settings}),
+        identity=_identity(layers, context),
         name=BLOCK.format(key),
     )
     rows = numpy_of(calibration_rows(request, tokens, context)[0])[:, :-1]
@@ -165,5 +173,5 @@ def _tune_scales(
             )
         return LearnedCodes(tuned.packed, (tuned.first_loss, tuned.last_loss))
 
-    codes = learned_once(folder, context, learn)
+    codes = learned_once(folder, _identity(layers, context), learn, task=context.task)
     return TunedScales(codes.packed, request.scale_steps, *codes.figures), teacher.figures()

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 
 from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.settings import GPTQ_BITS
 
-# Methods that hold one block of the model, the most accurate at few bits first; mlx-lm's GPTQ has these bits
-_BY_BLOCK, _GPTQ_BITS = ("block", "awq", "gptq", "rtn"), (2, 4, 8)
+# Methods that hold one block of the model, the most accurate at few bits first
+_BY_BLOCK = ("block", "awq", "gptq", "rtn")
 
 
 def memory_advice(
@@ -42,7 +43,7 @@ def _others(request: QuantizationRequest, learns_blocks: bool) -> Iterator[tuple
         yield "scale_steps = 0", plain
     for method in _BY_BLOCK:
         is_possible = method == "rtn" or learns_blocks
-        if method == "gptq" and (request.default.mode != "affine" or request.default.bits not in _GPTQ_BITS):
+        if method == "gptq" and (request.default.mode != "affine" or request.default.bits not in GPTQ_BITS):
             is_possible = False
         if method != request.method and is_possible:
             yield f'method = "{method}"', plain._replace(method=method)

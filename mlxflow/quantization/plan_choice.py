@@ -15,14 +15,14 @@ from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.learning import BLOCK, LearnedLayers, calibration_rows
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.rotation_choice import choose_rotation, require_rotatable
-from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.settings import GPTQ_BITS, Setting
 from mlxflow.quantization.start_grid import StartGrid, plan_of, read_start
 from mlxflow.report.stage_reports.quantize import BudgetFigures, RotationFigures
 from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.run_context import Context, derive_seed
 
-# The setting of the rotations for messages, and the bits that mlx-lm's GPTQ has
-_ROTATIONS, _GPTQ_BITS = "{}.rotations = {}", (2, 4, 8)
+# The setting of the rotations for messages
+_ROTATIONS = "{}.rotations = {}"
 
 
 class Chosen(NamedTuple):
@@ -76,7 +76,7 @@ def choose(request: QuantizationRequest, dense: DenseModel, tokens: TokenPair | 
         return Chosen(dense, plan, None, None, None, rotation)
     asked = request.budget
     if request.method == "gptq":
-        asked = asked._replace(candidate_bits=tuple(bits for bits in asked.candidate_bits if bits in _GPTQ_BITS))
+        asked = asked._replace(candidate_bits=tuple(bits for bits in asked.candidate_bits if bits in GPTQ_BITS))
         if not asked.candidate_bits:
             raise CallError(f"{key}.candidate_bits: mlx-lm's GPTQ has 2, 4 and 8 bits. Name one of them.")
     made = allocate(request, asked, dense, plan, tokens.train, context)

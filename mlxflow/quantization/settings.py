@@ -6,6 +6,9 @@ from typing import NamedTuple
 GROUP_SIZES = {"affine": (64, 32, 128), "symmetric": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 BITS = {"affine": (4, 2, 3, 5, 6, 8), "symmetric": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
+#: Bits that mlx-lm's GPTQ has.
+GPTQ_BITS = (2, 4, 8)
+
 # Codes with as many bits need scales and biases in fp32
 _WIDE_BITS = 8
 
