@@ -80,7 +80,7 @@ def _forecast(names: Sequence[str]) -> None:
     """Print the lines of `finetune_forecast`; the model folders of its jobs are made where they are missing."""
     if unknown := [name for name in names if name not in finetune_forecast.JOBS]:
         sys.exit(f"no job {unknown[0]!r}. Known: {', '.join(finetune_forecast.JOBS)}")
-    needed = {finetune_forecast.JOBS[name][0] for name in names or finetune_forecast.JOBS}
+    needed = {finetune_forecast.JOBS[name].model for name in names or finetune_forecast.usual()}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(os.environ.get("FINETUNE_FOLDER", scratch))
         for job in needed & JOBS.keys():

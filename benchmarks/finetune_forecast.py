@@ -9,39 +9,72 @@ import tempfile
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tomli_w
 
-#: The jobs: the model's folder of `benchmarks/finetune.py`, and the keys of `[train]`.
-JOBS: dict[str, tuple[str, dict[str, Any]]] = {
-    "4 bits, LoRA": ("cpu", {"method": "lora"}),
-    "4 bits, LoRA, layers recomputed": ("cpu", {"method": "lora", "checkpointing": "layers"}),
-    "dense, LoRA": ("dense", {"method": "lora"}),
-    "dense, all weights": ("dense", {"method": "full"}),
-    "dense, all weights, layers recomputed": ("dense", {"method": "full", "checkpointing": "layers"}),
-    "1gb, LoRA": ("1gb", {"method": "lora", "batch_size": 1}),
-    "1gb, LoRA, bf16": ("1gb", {"method": "lora", "batch_size": 1, "precision": "bf16"}),
+
+class Job(NamedTuple):
+    """A training whose forecast is compared.
+
+    Attributes:
+        model: the name of its folder: "dense", or a job of `benchmarks/finetune.py`.
+        table: keys of `[train]`.
+        device: as `[workflow]` has it.
+        length: tokens of a row.
+        lines: of the text, a row each.
+    """
+
+    model: str
+    table: dict[str, Any]
+    device: str = "cpu"
+    length: int = 64
+    lines: int = 200
+
+
+_ON_GPU: dict[str, Any] = {"device": "gpu", "length": 2048}
+_LARGE = {"method": "lora", "batch_size": 4, "precision": "bf16"}
+
+JOBS = {
+    "4 bits, LoRA": Job("cpu", {"method": "lora"}),
+    "4 bits, LoRA, layers recomputed": Job("cpu", {"method": "lora", "checkpointing": "layers"}),
+    "dense, LoRA": Job("dense", {"method": "lora"}),
+    "dense, all weights": Job("dense", {"method": "full"}),
+    "dense, all weights, layers recomputed": Job("dense", {"method": "full", "checkpointing": "layers"}),
+    "1gb, LoRA": Job("1gb", {"method": "lora", "batch_size": 1}),
+    "1gb, LoRA, bf16": Job("1gb", {"method": "lora", "batch_size": 1, "precision": "bf16"}),
+    "8b, LoRA": Job("8b", _LARGE, **_ON_GPU),
+    "8b, LoRA, layers recomputed": Job("8b", _LARGE | {"checkpointing": "layers"}, **_ON_GPU),
+    "8b, LoRA, pairs recomputed": Job("8b", _LARGE | {"checkpointing": "pairs"}, **_ON_GPU),
+    "1b-full, layers recomputed": Job(
+        "1b-full",
+        {"method": "full", "batch_size": 4, "precision": "bf16-pure", "checkpointing": "layers"},
+        **_ON_GPU,
+    ),
 }
-_STEPS, _LENGTH, _LINES = int(os.environ.get("STEPS", "20")), 64, 200
+_STEPS = int(os.environ.get("STEPS", "20"))
 
 
 def main(names: list[str], folder_of: dict[str, Path]) -> None:
     """Print a line of JSON for each job.
 
     Args:
-        names: of the jobs; empty for all.
+        names: of the jobs; empty for those of a CPU.
         folder_of: the model folders by name.
     """
-    for name in names or JOBS:
-        model, table = JOBS[name]
+    for name in names or usual():
         with tempfile.TemporaryDirectory() as scratch:
-            _compare(name, Path(scratch), folder_of[model], table)
+            _compare(name, Path(scratch), folder_of[JOBS[name].model])
 
 
-def _compare(name: str, project: Path, model: Path, table: dict[str, Any]) -> None:
-    _write(project, model, table)
+def usual() -> list[str]:
+    """Return the jobs that are run by default: those of a CPU."""
+    return [name for name, job in JOBS.items() if job.device == "cpu"]
+
+
+def _compare(name: str, project: Path, model: Path) -> None:
+    _write(project, model, JOBS[name])
     _run(project, "run", "pretokenize")
     predicted = _run(project, "fit", "train").stdout
     begin = time.perf_counter()
@@ -64,17 +97,17 @@ def _compare(name: str, project: Path, model: Path, table: dict[str, Any]) -> No
     print(json.dumps(row | ratios), flush=True)
 
 
-def _write(project: Path, model: Path, table: dict[str, Any]) -> None:
+def _write(project: Path, model: Path, job: Job) -> None:
     words = list(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"])
     plain = [word for word in words if word.isalnum() and word.isascii()]
     random = np.random.default_rng(0)
-    lines = [" ".join(random.choice(plain, _LENGTH)) for _ in range(_LINES)]
+    lines = [" ".join(random.choice(plain, job.length)) for _ in range(job.lines)]
     (project / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     tables = {
-        "workflow": {"device": "cpu", "stages": ["pretokenize", "train"]},
+        "workflow": {"device": job.device, "stages": ["pretokenize", "train"]},
         "pretokenize": {
             "sources": ["text.jsonl"],
-            "context_length": _LENGTH,
+            "context_length": job.length,
             "holdout": 0.1,
             "tokenizer": {"from": str(model)},
         },
@@ -85,7 +118,7 @@ def _write(project: Path, model: Path, table: dict[str, Any]) -> None:
             "dynamic_batch_size": False,
             "max_validation_rows": 8,
             "save_every": 0,
-            **table,
+            **job.table,
         },
     }
     (project / "workflow.toml").write_text(tomli_w.dumps(tables))

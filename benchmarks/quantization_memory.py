@@ -1,4 +1,8 @@
-"""Memory and time of quantizing a model of random weights with few layers, and how both grow with their number."""
+"""Memory and time of quantizing a model of random weights with few layers, and how both grow with their number.
+
+`LENGTH`, `CALIBRATION` and `STEPS` in the environment set the tokens of a row, the calibration rows and the updates of
+a block, `DEVICE` and `LIMIT` the device and MLX's memory limit.
+"""
 
 import json
 import os
@@ -25,15 +29,17 @@ _QUARTER = LLAMA_8B | {
 }
 _SHAPES = {"8b": LLAMA_8B, "quarter": _QUARTER, "tiny": TINY_LLAMA}
 
-# Short rows: a CPU multiplies bf16 numbers slowly, and weights are what is measured
-_ROWS, _LENGTH, _CALIBRATION, _VALIDATION = 48, 32, 8, 2
+# Short rows by default: a CPU multiplies bf16 numbers slowly, and weights are what is measured
+_LENGTH = int(os.environ.get("LENGTH", "32"))
+_CALIBRATION = int(os.environ.get("CALIBRATION", "8"))
+_ROWS, _VALIDATION = 40 + _CALIBRATION, 2
 
 _TABLES: dict[str, dict[str, Any]] = {
     "rtn": {},
     "gptq": {"method": "gptq"},
     "awq": {"method": "awq"},
     "dwq": {"method": "dwq"},
-    "block": {"method": "block", "block_steps": 1},
+    "block": {"method": "block", "block_steps": int(os.environ.get("STEPS", "1"))},
     "rotated": {"rotations": 1},
     "budget": {"target_bits_per_weight": 4.0, "candidate_bits": [3, 4], "candidate_group_sizes": [64]},
     "block-budget": {
@@ -94,7 +100,11 @@ def _write_workflow(folder: Path, table: dict[str, Any]) -> None:
     import tomli_w
 
     workflow = {
-        "workflow": {"device": os.environ.get("DEVICE", "cpu"), "stages": ["pretokenize", "quantize"]},
+        "workflow": {
+            "device": os.environ.get("DEVICE", "cpu"),
+            "memory_limit": os.environ.get("LIMIT", "80%"),
+            "stages": ["pretokenize", "quantize"],
+        },
         "pretokenize": {
             "sources": ["text.jsonl"],
             "holdout": 0.2,
