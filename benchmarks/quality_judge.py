@@ -11,7 +11,7 @@ from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.dense_reference import cached_reference
 from mlxflow.evaluation.kl_divergence import compare_positions
 from mlxflow.evaluation.streamed_model import StreamedModel
-from mlxflow.models import model_folder, quantized_layers
+from mlxflow.models import fp32_on_cpu, model_folder, quantized_layers
 from mlxflow.storage.digests import digest_json
 
 _FEWEST_TARGETS = 32
@@ -39,9 +39,14 @@ class Judge:
         self._rows = document_rows(file, documents)
         self._counts = (self._rows.marks[:, 1:] & 1).sum(axis=1)
         tokens = np.asarray(self._rows.tokens)
-        key = {"tokens": tokens.tobytes().hex(), "model": str(dense), "device": str(mx.default_device())}
+        key = {
+            "tokens": tokens.tobytes().hex(),
+            "model": str(dense),
+            "device": str(mx.default_device()),
+            "dtype": fp32_on_cpu.computed_dtype(),
+        }
         self._reference = cached_reference(
-            lambda: quantized_layers.for_evaluation(model_folder.load(dense, lazy=True)[0]),
+            lambda: quantized_layers.for_evaluation(model_folder.load(dense, lazy=True)[0], reads_blocks=True),
             self._rows,
             folder=cache,
             key=digest_json(key),
@@ -51,7 +56,9 @@ class Judge:
 
     def figures(self, artifact: Path) -> dict[str, float]:
         """Return perplexities and divergence of a model folder, with standard errors over documents."""
-        model = StreamedModel(lambda: quantized_layers.for_evaluation(model_folder.load(artifact, lazy=True)[0]))
+        model = StreamedModel(
+            lambda: quantized_layers.for_evaluation(model_folder.load(artifact, lazy=True)[0], reads_blocks=True)
+        )
         columns = compare_positions(self._reference, model, self._rows, batch_size=32, masks_documents=False)
         ends = np.cumsum(self._counts)
         sums = np.stack([part.sum(axis=1) for part in np.split(columns, ends[:-1], axis=1)], axis=1)

@@ -15,7 +15,7 @@ from mlxflow.benchmarking.generation_speed import GenerationSpeed, measure_gener
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.token_file import TokenFile
 from mlxflow.device.memory_errors import out_of_memory_bytes, settle
-from mlxflow.models import model_folder, trial_calls
+from mlxflow.models import fp32_on_cpu, model_folder, trial_calls
 from mlxflow.ops import document_mask
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, PrefillFigures
 from mlxflow.report.stage_reports.quantize import QuantizeReport
@@ -131,7 +131,7 @@ class ComparedModels(NamedTuple):
         length, vocab_size = self._prompts()
         whole = sum(stored_bytes(path) for path in self.weights.values())
         return measure_generation(
-            [partial(_load, path.parent, vocab_size=vocab_size) for path in self.weights.values()],
+            [partial(_load_to_generate, path.parent, vocab_size=vocab_size) for path in self.weights.values()],
             prompt_lengths=sorted(set(self.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
             decode_tokens=min(_DECODE_TOKENS, length),
             num_rounds=_GENERATION_ROUNDS,
@@ -208,6 +208,13 @@ def _load(folder: Path, *, vocab_size: int = 0) -> nn.Module:
     """Return a model with lazy weights, to be given so many ids; reading them raises an error if they do not fit."""
     model, config = model_folder.load(folder, lazy=True)
     trial_calls.require_generation(model, config, str(folder / "config.json"), vocab_size=vocab_size)
+    return model
+
+
+def _load_to_generate(folder: Path, *, vocab_size: int) -> nn.Module:
+    """Return a model as `mlxflow generate` runs it: see `models.fp32_on_cpu`."""
+    model = _load(folder, vocab_size=vocab_size)
+    fp32_on_cpu.widen(model)
     return model
 
 

@@ -26,7 +26,7 @@ from mlxflow.storage.run_context import Context
 _KEPT_FOLDER = "scores"
 
 # Raised when results of earlier code are no longer valid
-_FORMAT = 1
+_FORMAT = 2
 
 
 class EvaluatedModel(NamedTuple):

@@ -1,6 +1,7 @@
 """Text generation with a model folder: continue a text, or answer a message through the chat template.
 
-Works without transformers, which takes more than a second to import. Generates the same tokens as `mlx_lm.generate`.
+Works without transformers, which takes more than a second to import. Generates the same tokens as `mlx_lm.generate`;
+a 16-bit model on a CPU those that mlx-lm generates with its weights in fp32, see `models.fp32_on_cpu`.
 """
 
 import json
@@ -16,7 +17,7 @@ from mlxflow.data.chatml import CHATML, TURN_END
 from mlxflow.data.guarded_template import GuardedTemplate
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.messages.errors import ArtifactError, CallError
-from mlxflow.models import gguf_reading, model_folder, trial_calls
+from mlxflow.models import fp32_on_cpu, gguf_reading, model_folder, trial_calls
 from mlxflow.storage import config_json
 
 # Prompt tokens in a forward pass of prefill; the memory of attention grows with it
@@ -105,8 +106,10 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder = gguf_reading.opened(folder)
         self.tokenizer = GuardedTokenizer(folder)  # its process starts while the model is read
-        self._model, config = model_folder.load(folder)
+        self._model, config = model_folder.load(folder, lazy=True)
         self.num_rows = trial_calls.require_generation(self._model, config, str(folder / "config.json"))
+        fp32_on_cpu.widen(self._model)
+        mx.eval(self._model.parameters())
         if random := self.tokenizer.open():
             raise ArtifactError(f"{folder}: its tokenizer.json has {random}")
         self._template = open_template(folder, self.tokenizer.call)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.models import adapter_files
+from mlxflow.models import adapter_files, fp32_on_cpu
 from mlxflow.ops import mlx_lm_import, row_slices
 from mlxflow.storage import config_json
 
@@ -86,16 +86,21 @@ def dense_weight(layer: nn.Module) -> mx.array:
     )
 
 
-def for_evaluation(model: nn.Module) -> nn.Module:
-    """Return a model with the same results that is fast for many tokens at once on the CPU, in little memory.
+def for_evaluation(model: nn.Module, *, reads_blocks: bool = False) -> nn.Module:
+    """Return a model that is fast for many tokens at once on the CPU, in little memory, and at least as precise.
 
     MLX's quantized matrix product on the CPU runs at a few GFLOP/s, however many tokens there are. Linear layers of the
     blocks stay packed: `ops.quantized_matmul` dequantizes each for its product. All others are dequantized here: the
-    head, for example, is called for few positions at a time.
+    head, for example, is called for few positions at a time. 16-bit models compute in fp32, see `fp32_on_cpu`.
+
+    Args:
+        model: changed.
+        reads_blocks: whether its weights are lazy and one block is held at a time: then they are widened, however large
+            the model is.
     """
     if mx.default_device() != mx.cpu:
         return model
-    _widen_scales(model)
+    fp32_on_cpu.widen(model, at_any_size=reads_blocks)
     blocks = getattr(model, "layers", None) or []
     inside = {id(module) for block in blocks if isinstance(block, nn.Module) for module in block.modules()}
     packed = [
@@ -105,17 +110,8 @@ def for_evaluation(model: nn.Module) -> nn.Module:
     ]
     dense = _unpacked(model)
     dense.update_modules(tree_unflatten(packed))
+    fp32_on_cpu.widen(dense, at_any_size=reads_blocks)  # what was dequantized just now may have 16 bits
     return dense
-
-
-def _widen_scales(model: nn.Module) -> None:
-    """Cast 16-bit scales of a model with fp32 activations to fp32, as MLX does in each product."""
-    floating = [value.dtype for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
-    if mx.float32 not in floating:
-        return
-    for layer in model.modules():
-        if "scales" in layer and "biases" in layer:
-            layer.scales, layer.biases = layer.scales.astype(mx.float32), layer.biases.astype(mx.float32)
 
 
 def _unpacked(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.models import adapter_files, model_folder, quantized_layers
+from mlxflow.models import adapter_files, fp32_on_cpu, model_folder, quantized_layers
 from mlxflow.ops import document_mask
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
@@ -251,7 +251,9 @@ def _taught_rows(
 
 def _open_teacher(folder: Path) -> nn.Module:
     """Return the teacher: the dense model."""
-    teacher, _ = quantized_layers.made_dense(*model_folder.load(folder))
+    teacher, _ = quantized_layers.made_dense(*model_folder.load(folder, lazy=True))
+    fp32_on_cpu.widen(teacher)
+    mx.eval(teacher.parameters())
     teacher.freeze()
     return teacher
 

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxflow.models.fp32_on_cpu import widened
 from mlxflow.quantization.block_slices import StoredTree, block_inputs
 from mlxflow.quantization.codec import round_trip
 from mlxflow.quantization.scale_groups import Group, Noted, apply_scales, cast_to, find_groups, noted, weighted
@@ -132,12 +133,12 @@ class _BlockScaling:
         self._block, self._settings, self._inputs, self._folder = block, settings, inputs, folder
 
     def run(self, number: int) -> list[mx.array]:
-        """Return the block's outputs on a slice, in the dtype of its weights."""
+        """Return the block's outputs on a slice, in the dtype of its weights; in fp32 on a CPU."""
         return self._run_module(self._block, self._inputs, number)
 
     def _run_module(self, module: nn.Module, stored: Sequence[StoredTree], number: int) -> list[mx.array]:
         dtype = next(iter(weighted(self._block).values())).weight.dtype
-        inputs, named = cast_to(dtype, stored[number].read())
+        inputs, named = widened(cast_to(dtype, stored[number].read()))
         outputs = [value for _, value in tree_flatten(module(*inputs, **named))]
         mx.eval(outputs)
         return outputs

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxflow.messages.errors import CallError
+from mlxflow.models.fp32_on_cpu import widened
 from mlxflow.quantization.block_calls import BlockCall, RecordedPass, record_blocks
 from mlxflow.quantization.block_training import BlockRows, relative_error, train_block
 from mlxflow.quantization.codec import Packed, unpack
@@ -25,7 +26,6 @@ from mlxflow.quantization.hidden_streams import HiddenStreams
 from mlxflow.quantization.layer_inputs import input_products, other_weights, remove_weights
 from mlxflow.quantization.outside_layers import round_outside
 from mlxflow.quantization.plan import quantizable_layers
-from mlxflow.quantization.scale_groups import cast_to
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.trained_grid import GridLayer, Trained
 from mlxflow.storage.host_arrays import numpy_of
@@ -166,7 +166,7 @@ class _BlockWork:
         ids = mx.array(tokens.astype(np.int32))
 
         def part(begin: int, end: int) -> mx.array:
-            hidden: mx.array = _cast(recorded.embed(ids[begin:end]))
+            hidden: mx.array = widened(recorded.embed(ids[begin:end]))
             mx.eval(hidden)
             return hidden
 
@@ -178,7 +178,7 @@ class _BlockWork:
         """Learn one block, and write its codes and the inputs of the next one."""
         streams, block = self._streams, _module(self._model, call.path)
         stored = {path: layer.weight.dtype for path, layer in quantizable_layers(block).items()}
-        block.update(_cast(block.parameters()))
+        block.update(widened(block.parameters()))
         mx.eval(block.parameters())
         settings = {path.removeprefix(f"{call.path}."): self._plan[path] for path in _layers_of(call, self._plan)}
 
@@ -269,8 +269,3 @@ def _layers_of(call: BlockCall, plan: Mapping[str, Setting]) -> list[str]:
 def _module(model: nn.Module, path: str) -> nn.Module:
     module: nn.Module = dict(model.named_modules())[path]
     return module
-
-
-def _cast(value: Any) -> Any:
-    """Return arrays in fp32 on the CPU, which multiplies 16-bit numbers ten times more slowly."""
-    return cast_to(mx.float32, value) if mx.default_device() == mx.cpu else value

@@ -2,7 +2,7 @@
 
 The forward passes of all slices are built together, lazily, and evaluated block by block, as in
 `evaluation.streamed_model`. As soon as the outputs of a block on a slice are there, its inputs are written into a file,
-so that memory holds the hidden states of all rows once, whatever else a block takes.
+so that memory holds the hidden states of all rows once, whatever else a block takes. On a CPU they are in fp32.
 """
 
 import shutil
@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlxflow.models.fp32_on_cpu import widened
 from mlxflow.ops.patching import layer_method
 
 #: Tokens of a slice; it has at least one row.
@@ -103,6 +104,7 @@ def _lazy_calls(model: nn.Module, blocks: Mapping[str, nn.Module], tokens: mx.ar
     def recording(path: str) -> Callable[[Any], Any]:
         def make(call: Any) -> Any:
             def recorded_call(self: Any, *inputs: Any, **named: Any) -> Any:
+                inputs, named = widened((inputs, named))
                 output = call(self, *inputs, **named)
                 arrays = [value for _, value in tree_flatten(output) if isinstance(value, mx.array)]
                 slices[-1].setdefault(path, _LazyCall((inputs, named), arrays))

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages import terminal
+from mlxflow.models.fp32_on_cpu import loading_in_fp32_on_cpu
 from mlxflow.ops import document_mask
 from mlxflow.quantization import bit_allocation, budget
 from mlxflow.quantization import plan as plans
@@ -23,7 +24,6 @@ from mlxflow.quantization.grids import first_grid, pack_on
 from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.quantization.scale_groups import loading_in_fp32_on_cpu
 from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.stored_codes import StoredCodes, emptied

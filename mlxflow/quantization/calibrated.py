@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages.errors import CallError
+from mlxflow.models.fp32_on_cpu import loading_in_fp32_on_cpu, widen
 from mlxflow.quantization.codec import Packed, narrowed, pack
 from mlxflow.quantization.gptq import compensated_layers
 from mlxflow.quantization.mlx_lm_patches import (
@@ -252,16 +253,17 @@ def dwq(
     from mlx_lm.quant.dwq import dwq_quantize
 
     name = _named("dwq", key)
-    teacher = StreamedModel(load)
+    teacher = StreamedModel(loading_in_fp32_on_cpu(load))
     require_learnable("dwq", teacher.model, plan, key=key)
     if len(tokens) < 2 * batch_size:
         raise CallError(
             f"{name}: needs {2 * batch_size} calibration rows, two batches, and has {len(tokens)}. "
             "Raise calibration_rows."
         )
-    layers = quantizable_layers(teacher.model)
-    dtype = next(layer.weight.dtype for path, layer in layers.items() if path in plan)
-    student = _rounded(load(), plan)
+    student = load()
+    dtype = next(layer.weight.dtype for path, layer in quantizable_layers(student).items() if path in plan)
+    student = _rounded(student, plan)
+    widen(student, at_any_size=True, keeps=plan.keys())
     rows = [(row, 0) for row in numpy_of(tokens).tolist()]
     with numpy_random_kept(), dense_products(student), recomputing_blocks(student), quiet():
         dwq_quantize(

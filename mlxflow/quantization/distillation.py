@@ -11,6 +11,7 @@ from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.device import compute_device
 from mlxflow.messages import terminal
 from mlxflow.messages.byte_sizes import show_bytes
+from mlxflow.models.fp32_on_cpu import computed_dtype, loading_in_fp32_on_cpu
 from mlxflow.ops import document_mask
 from mlxflow.quantization import teacher_logits
 from mlxflow.quantization.dense_model import DenseModel, identity_of
@@ -51,6 +52,7 @@ def teacher_of(dense: DenseModel, rows: Rows, *, masks_documents: bool, context:
         "rows": [list(rows.tokens.shape), text.hexdigest()],
         "masks": masks_documents,
         "likeliest": _LIKELIEST,
+        "dtype": computed_dtype(),
         "device": [context.device, compute_device.name()],
         "versions": [context.provenance["mlx"], context.provenance["mlxflow"]],
     }
@@ -59,7 +61,7 @@ def teacher_of(dense: DenseModel, rows: Rows, *, masks_documents: bool, context:
         terminal.say(f"{context.task}: computing the dense model's distributions, once for all variants")
     metadata = {"format": "mlx", **{f"teacher.{name}": str(value) for name, value in key.items() if name != "rows"}}
     return teacher_logits.cached_teacher(
-        dense._replace(rotation=None).reopened,
+        loading_in_fp32_on_cpu(dense._replace(rotation=None).reopened),
         rows,
         masks_documents=masks_documents,
         num_likeliest=_LIKELIEST,

@@ -1,7 +1,8 @@
 """GPTQ by mlx-lm's function, one block after the other: memory holds one block and the hidden states of all rows.
 
 mlx-lm's function takes a whole model. The inputs of every layer are those of the dense model, so each block can be
-given to it as a model of its own, with the dense model's hidden states as its rows: the codes are the same.
+given to it as a model of its own, with the dense model's hidden states as its rows: the codes are the same. On a CPU
+the rows are in fp32, so that products with 16-bit weights and the sums of the Hessians are, too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxflow.messages.errors import CallError
+from mlxflow.models.fp32_on_cpu import widen, widened
 from mlxflow.quantization.block_calls import RecordedPass, after_blocks, find_blocks
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.layer_inputs import remove_weights
@@ -49,10 +51,11 @@ def compensated_layers(
     model = load()
     recorded = find_blocks(model, context_length=tokens.shape[1])
     if isinstance(recorded, str):
+        widen(model, at_any_size=True, keeps=plan.keys() - _embeddings(model))
         return keep(_learned(model, plan, tokens, batch_size=batch_size, name=name))
     packed: dict[str, Packed] = {}
     modules = dict(model.named_modules())
-    hidden = _HiddenBatches(recorded.embed(tokens), batch_size)
+    hidden = _HiddenBatches(widened(recorded.embed(tokens)), batch_size)
     for call in recorded.calls:
         block, prefix = modules[call.path], f"{call.path}."
         own = {
@@ -83,6 +86,10 @@ def learned_by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Se
         ):
             paths.setdefault(setting, []).append(path)
     return paths
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
 class _HiddenBatches:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.models.fp32_on_cpu import widen
 from mlxflow.quantization import block_method, calibrated
 from mlxflow.quantization.apply import apply_plan
 from mlxflow.quantization.codec import Packed
@@ -159,6 +160,7 @@ def _tune_scales(
     def learn() -> LearnedCodes:
         student = dense.reopened()
         apply_plan(student, layers, packed)
+        widen(student, at_any_size=True, keeps=layers.keys())
         student.eval()
         with show_parts(context.task, "tuning scales", request.scale_steps, "steps") as watch:
             tuned = tune_scales(

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlxflow.models.fp32_on_cpu import widened
 from mlxflow.ops import patching
 from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.quantization.codec import Packed, pack
@@ -85,7 +86,10 @@ def _dense(kind: type[nn.Module], *, hides: bool) -> type[nn.Module]:
 
 @contextlib.contextmanager
 def dense_products(model: nn.Module) -> Iterator[None]:
-    """On the CPU, make quantized layers use their dequantized weights: the quantized product is 39 times slower."""
+    """On the CPU, make quantized layers use their weights in fp32: the quantized product is 39 times slower.
+
+    Scales and biases may have 16 bits: they are widened, and so are the rows that an embedding gives.
+    """
     kinds = _dense_product_kinds() if mx.default_device() == mx.cpu else {}
     layers = [layer for layer in model.modules() if type(layer) in kinds and layer.mode == "affine"]
     with patching.layer_classes([(layer, kinds[type(layer)]) for layer in layers], by=__name__):
@@ -104,7 +108,8 @@ def recomputing_blocks(model: nn.Module) -> Iterator[None]:
 
 
 def _differentiable(layer: nn.Module, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    """Return codes times scales plus biases, (..., N), differentiable in scales and biases."""
+    """Return codes times scales plus biases, (..., N), in fp32, differentiable in scales and biases."""
+    scales, biases = widened((scales, biases))
     codes = mx.dequantize(
         weight, mx.ones_like(scales), mx.zeros_like(biases), group_size=layer.group_size, bits=layer.bits
     )

@@ -12,13 +12,13 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlxflow.models.fp32_on_cpu import widened
 from mlxflow.quantization.block_calls import after_blocks, record_blocks
 from mlxflow.quantization.codec import Packed, unpack
 from mlxflow.quantization.error_compensation import Compensation
 from mlxflow.quantization.grids import first_grid, nearest, pack_on
 from mlxflow.quantization.layer_inputs import input_products, remove_weights
 from mlxflow.quantization.plan import quantizable_layers
-from mlxflow.quantization.scale_groups import cast_to
 from mlxflow.quantization.settings import Setting
 from mlxflow.storage.host_arrays import numpy_of
 
@@ -79,14 +79,11 @@ def _packed(weight: mx.array, setting: Setting, compensation: Compensation | Non
 def _head_inputs(model: nn.Module, paths: list[str], tokens: NDArray[Any], *, name: str) -> dict[str, mx.array]:
     """Return the products of the inputs of layers after the blocks; the blocks lose their weights one by one."""
     recorded = record_blocks(model, context_length=tokens.shape[1], name=name)
-    on_cpu = mx.default_device() == mx.cpu
-    hidden = recorded.embed(mx.array(tokens.astype(np.int32)))
+    hidden = widened(recorded.embed(mx.array(tokens.astype(np.int32))))
     modules = dict(model.named_modules())
     for call in recorded.calls:
         block = modules[call.path]
-        if on_cpu:  # which multiplies 16-bit numbers ten times more slowly
-            hidden = cast_to(mx.float32, hidden)
-            block.update(cast_to(mx.float32, block.parameters()))
+        block.update(widened(block.parameters()))
         hidden = mx.concatenate([call(block, hidden[row : row + 1]) for row in range(len(hidden))])
         mx.eval(hidden)
         remove_weights(block)

@@ -13,7 +13,7 @@ from mlxflow.evaluation.dense_reference import cached_reference
 from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure_divergence
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages.errors import StageError
-from mlxflow.models import model_folder, quantized_layers
+from mlxflow.models import fp32_on_cpu, model_folder, quantized_layers
 from mlxflow.ops import document_mask
 from mlxflow.quantization.dense_model import identity_of
 from mlxflow.quantization.judged_text import QuantizationTexts
@@ -70,13 +70,13 @@ def measure_quality(
         StageError: a limit is exceeded (names the worst layers), or a result is not finite.
     """
     task = context.task
-    model = StreamedModel(lambda: quantized_layers.for_evaluation(model_folder.load(context.folder, lazy=True)[0]))
+    model = StreamedModel(lambda: _evaluated(model_folder.load(context.folder, lazy=True)[0]))
     rows = validation.rows.head(limits.max_rows)
     masks = document_mask.masks_conversations(model.model, validation, passes=model.passes)
     cache_folder = context.state / _KEPT_FOLDER
     with watched_rows(task, "measuring the dense model", rows) as watched:
         reference = cached_reference(
-            lambda: _open_dense(dense, lazy=True),
+            lambda: _open_dense(dense),
             watched,
             folder=cache_folder,
             key=_reference_key(dense, validation.path, rows.num_rows, masks=masks, context=context),
@@ -94,9 +94,7 @@ def measure_quality(
         )
     problems = list(_exceeded(limits, divergence, task))
     if problems:
-        worst = _worst_layers(
-            StreamedModel(lambda: _open_dense(dense, lazy=True)), model.model, layers, rows, masks=masks
-        )
+        worst = _worst_layers(StreamedModel(lambda: _open_dense(dense)), model.model, layers, rows, masks=masks)
         raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
     return _figures(divergence, texts)
 
@@ -125,14 +123,20 @@ def _reference_key(dense: Path, validation: Path, num_rows: int, *, masks: bool,
             "validation": context.digests.digests(validation).identity,
             "rows": num_rows,
             "masks": masks,
+            "dtype": fp32_on_cpu.computed_dtype(),
             "device": [context.device, compute_device.name()],
             "versions": [context.provenance["mlx"], context.provenance["mlxflow"]],
         }
     )
 
 
-def _open_dense(folder: Path, *, lazy: bool = False) -> nn.Module:
-    return quantized_layers.for_evaluation(quantized_layers.made_dense(*model_folder.load(folder, lazy=lazy))[0])
+def _open_dense(folder: Path) -> nn.Module:
+    return _evaluated(quantized_layers.made_dense(*model_folder.load(folder, lazy=True))[0])
+
+
+def _evaluated(model: nn.Module) -> nn.Module:
+    """Return a model with lazy weights as it is evaluated, one block at a time."""
+    return quantized_layers.for_evaluation(model, reads_blocks=True)
 
 
 def _worst_layers(

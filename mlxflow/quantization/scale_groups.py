@@ -228,28 +228,6 @@ def _is_near(output: mx.array, reference: mx.array) -> bool:
 
 
 @contextmanager
-def in_fp32_on_cpu(model: nn.Module) -> Iterator[None]:
-    """Cast a module to fp32 until the block ends, on the CPU, which multiplies 16-bit numbers ten times more slowly."""
-    if mx.default_device() != mx.cpu:
-        yield
-        return
-    with in_fp32(model):
-        yield
-
-
-def loading_in_fp32_on_cpu(load: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a function that loads a model, lazily cast to fp32 on the CPU; see `in_fp32_on_cpu`."""
-
-    def loaded() -> nn.Module:
-        model = load()
-        if mx.default_device() == mx.cpu:
-            model.update(cast_to(mx.float32, model.parameters()))
-        return model
-
-    return loaded
-
-
-@contextmanager
 def in_fp32(block: nn.Module) -> Iterator[None]:
     """Cast the arrays of a module to fp32 until the block ends."""
     before = block.parameters()

@@ -13,9 +13,9 @@ from mlxflow.data.token_file import Rows
 from mlxflow.evaluation.dense_reference import Reference, cached_reference
 from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.evaluation.streamed_model import StreamedModel
+from mlxflow.models.fp32_on_cpu import loading_in_fp32_on_cpu
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.layer_inputs import with_codes
-from mlxflow.quantization.scale_groups import loading_in_fp32_on_cpu
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.stored_codes import CodesOnDisk
 

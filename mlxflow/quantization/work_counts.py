@@ -211,7 +211,7 @@ def _logit_operations(request: QuantizationRequest, tokens: int, row_tokens: int
 def _learning_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, row_tokens: int) -> float:
     """Return about the bytes of arrays that a method holds together at most, where it needs one block at a time."""
     item = shape.num_bytes / max(1, shape.parameters)
-    block, hidden = shape.blocks / shape.num_blocks, item * tokens * shape.hidden_size
+    block, hidden = shape.blocks / shape.num_blocks, _width_in_products(shape) * tokens * shape.hidden_size
     outside = shape.num_bytes * (1 - shape.blocks / max(1, shape.parameters))
     step = _activation_bytes(shape, min(TOKENS_PER_STEP, tokens), row_tokens)
     of_method = {
@@ -304,8 +304,8 @@ def _device() -> str:
 
 def _measuring_bytes(shape: ModelShape, positions: int) -> float:
     """Return about the bytes that the measurement of the quality loss holds: two heads, and logits or a block."""
-    outside = shape.num_bytes * (1 - shape.blocks / max(1, shape.parameters))
+    outside = _width_in_products(shape) * _outside(shape)[0]
     room = _LOGITS_BYTES[_device()]
-    arrays = 4 if shape.num_bytes > 3 * shape.parameters else 6  # logits of 16 bits are held in fp32 as well
+    arrays = 4 if _width_in_products(shape) > 3 else 6  # logits of 16 bits are held in fp32 as well
     logits = min(room * arrays / 6, 4.0 * arrays * shape.vocab_size * positions)
     return 2 * outside + max(logits, 5 * shape.blocks / shape.num_blocks)

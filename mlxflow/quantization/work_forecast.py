@@ -148,10 +148,10 @@ def announced(
 
 
 def dtype_of_products(request: QuantizationRequest, model: nn.Module) -> mx.Dtype:
-    """Return the dtype of most products of a request: a CPU, where those in bf16 are slow, casts some parts to fp32."""
+    """Return the dtype of most products of a request: a CPU computes in fp32, except in quantization-aware training."""
     stored = next((layer.weight.dtype for layer in quantizable_layers(model).values()), mx.float32)
-    is_cast = request.method == "block" or request.rotations or request.budget is not None  # see `scale_groups`
-    return mx.float32 if is_cast and mx.default_device() == mx.cpu else stored
+    trains = request.training is not None and not request.rotations and request.budget is None
+    return stored if trains or mx.default_device() != mx.cpu else mx.float32  # see `models.fp32_on_cpu`
 
 
 def _unusual_blocks(request: QuantizationRequest, model: nn.Module, context_length: int) -> str:

@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 13
+VERSION = 14  # 16-bit models are computed in fp32 on a CPU
 
 LATER_KEYS = {"num_epochs": "auto"}
 

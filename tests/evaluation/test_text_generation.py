@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import psutil
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.generate import stream_generate
 from tokenizers import Tokenizer
@@ -106,6 +108,19 @@ def test_a_raw_text_is_continued_as_by_mlx_lm(folder: Path) -> None:
     writer = Writer(folder)
     assert not writer.has_template
     assert writer.text_ids("what is a") == ids
+    assert list(writer.tokens(ids, GREEDY)) == written
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU computes in the stored dtype")
+def test_a_16_bit_model_writes_on_a_cpu_as_by_mlx_lm_with_its_weights_in_fp32(folder: Path) -> None:
+    weights: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]
+    narrow = {name: value.astype(mx.float16) for name, value in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), narrow, {"format": "mlx"})
+    writer = Writer(folder)
+    assert {value.dtype for _, value in tree_flatten(writer.model.parameters())} == {mx.float32}
+    wide = {name: value.astype(mx.float32) for name, value in narrow.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), wide, {"format": "mlx"})
+    ids, written = _theirs(folder, None, "what is a")
     assert list(writer.tokens(ids, GREEDY)) == written
 
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxflow.quantization import scale_tuning
+from mlxflow.quantization import mlx_lm_patches, scale_tuning
 from mlxflow.quantization.apply import apply_plan
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
@@ -51,6 +51,21 @@ def _tuned(
         student, plan, TOKENS[:48], teacher, num_steps=num_steps, batch_size=8, seed=0, watch=lambda *_: None
     )
     return made, student, rounded
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU computes in the stored dtype")
+def test_a_cpu_tunes_scales_of_16_bits_with_products_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[mx.Dtype] = []
+    call = mlx_lm_patches._DenseProductLinear.__call__
+
+    def noting_call(self: nn.Module, x: mx.array) -> mx.array:
+        seen.append(x.dtype)
+        return call(self, x)
+
+    monkeypatch.setattr(mlx_lm_patches._DenseProductLinear, "__call__", noting_call)
+    tuned, _, _ = _tuned(tmp_path, num_steps=2)
+    assert {tuned.packed["model.layers.0.mlp.up_proj"].scales.dtype} == {mx.bfloat16}  # narrow scales of fp32 weights
+    assert set(seen) == {mx.float32}
 
 
 def _kl(model: nn.Module) -> float:

@@ -1,5 +1,6 @@
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlxflow.quantization.bit_allocation import BudgetRequest
@@ -45,6 +46,22 @@ def test_the_sizes_are_those_of_the_model() -> None:
     assert shape.largest == 64 * 128
     assert shape.hidden_size == 64
     assert shape.num_bytes == 4 * (shape.parameters + 5 * 64)
+
+
+def test_a_cpu_counts_16_bit_models_as_it_computes_them_in_fp32() -> None:
+    model, _ = llama(vocab_size=60, hidden_size=64, num_layers=2, intermediate_size=128)
+    model.set_dtype(mx.bfloat16)
+    narrow = ModelShape.of(model, 60)
+    assert 2 * narrow.num_bytes == _shape().num_bytes
+    on_cpu = mx.default_device() == mx.cpu
+
+    def held(shape: ModelShape, method: str, rows: int = 64) -> float:
+        sizes = {"row_tokens": 32, "num_rows": 2048, "validation_rows": 8}
+        return work_of(request_of(method, rows=rows), shape, **sizes).held_bytes
+
+    assert (held(narrow, "rtn") == held(_shape(), "rtn")) == on_cpu  # the measurement of the result
+    hidden = held(narrow, "gptq", rows=2048) - held(narrow, "gptq", rows=1024)
+    assert hidden == pytest.approx(2 * 1024 * 32 * 64 * (4 if on_cpu else 2))
 
 
 def test_more_work_takes_longer() -> None:

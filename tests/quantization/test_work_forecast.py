@@ -1,6 +1,6 @@
 import re
 import time
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -64,10 +64,12 @@ def test_the_trial_has_the_dtype_in_which_a_cpu_computes() -> None:
     model, _ = llama(vocab_size=60, hidden_size=64, num_layers=1)
     model.set_dtype(mx.bfloat16)
     budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
-    assert dtype_of_products(request_of("rtn"), model) == mx.bfloat16
-    cast = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
-    for request in (request_of("block"), request_of("rtn", rotations=2), request_of("gptq", budget=budget)):
-        assert dtype_of_products(request, model) == cast
+    wide = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    for request in (request_of("rtn"), request_of("block"), request_of("gptq", budget=budget)):
+        assert dtype_of_products(request, model) == wide
+    training = request_of("qat", training=cast("Any", object()))
+    assert dtype_of_products(training, model) == mx.bfloat16
+    assert dtype_of_products(training._replace(rotations=2), model) == wide
 
 
 def test_the_trial_counts_products() -> None:

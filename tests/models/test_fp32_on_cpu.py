@@ -1,0 +1,85 @@
+import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxflow.device import compute_device
+from mlxflow.models import fp32_on_cpu
+from tests.small_models import llama
+
+TOKENS = mx.arange(16)[None]
+
+on_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU computes in the stored dtype")
+
+
+def _model(dtype: mx.Dtype = mx.float16) -> nn.Module:
+    model, _ = llama(vocab_size=60, hidden_size=64, num_layers=2, tie_word_embeddings=False)
+    model.eval()
+    model.set_dtype(dtype)
+    return model
+
+
+def _dtypes(model: nn.Module) -> set[mx.Dtype]:
+    return {value.dtype for _, value in tree_flatten(model.parameters())}
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_widened_model_computes_as_one_with_the_same_weights_in_fp32(dtype: mx.Dtype) -> None:
+    model, exact = _model(dtype), _model(dtype)
+    exact.set_dtype(mx.float32)
+    fp32_on_cpu.widen(model)
+    assert _dtypes(model) == {mx.float32}
+    assert mx.array_equal(model(TOKENS), exact(TOKENS))
+
+
+@on_cpu
+def test_blocks_that_would_take_most_of_the_memory_are_widened_product_by_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, exact = _model(), _model()
+    size = 4 * sum(value.size for _, value in tree_flatten(model.parameters()))
+    monkeypatch.setattr(compute_device, "working_set_bytes", lambda: 2 * size - 1)
+    fp32_on_cpu.widen(model)
+    narrow = {path for path, value in tree_flatten(model.parameters()) if value.dtype == mx.float16}
+    matrices = [path for path, value in tree_flatten(model.parameters()) if value.ndim > 1]
+    assert narrow == {path for path in matrices if ".layers." in path}
+    exact.set_dtype(mx.float32)
+    assert model(TOKENS).dtype == mx.float32
+    assert mx.allclose(model(TOKENS), exact(TOKENS), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(compute_device, "working_set_bytes", lambda: 2 * size)
+    fp32_on_cpu.widen(model)
+    assert _dtypes(model) == {mx.float32}
+
+
+@on_cpu
+def test_a_model_that_is_read_block_by_block_is_widened_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_device, "working_set_bytes", lambda: 1)
+    model = _model()
+    loaded = fp32_on_cpu.loading_in_fp32_on_cpu(lambda: copy.deepcopy(model))()
+    assert _dtypes(loaded) == {mx.float32}
+    assert _dtypes(model) == {mx.float16}
+
+
+@on_cpu
+def test_modules_that_are_kept_keep_their_dtype() -> None:
+    model = _model()
+    fp32_on_cpu.widen(model, keeps={"lm_head"})
+    assert [path for path, value in tree_flatten(model.parameters()) if value.dtype == mx.float16] == ["lm_head.weight"]
+
+
+def test_trees_keep_their_integers_and_what_is_no_array() -> None:
+    wide = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    rows, (ids, text) = fp32_on_cpu.widened((mx.ones((2,), mx.bfloat16), [mx.array([1]), "causal"]))
+    assert (rows.dtype, ids.dtype, text) == (wide, mx.int32, "causal")
+
+
+def test_a_gpu_keeps_the_stored_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    model = _model()
+    fp32_on_cpu.widen(model)
+    assert _dtypes(fp32_on_cpu.loading_in_fp32_on_cpu(lambda: model)()) == {mx.float16}
+    assert fp32_on_cpu.widened(mx.ones((1,), mx.float16)).dtype == mx.float16
+    assert fp32_on_cpu.computed_dtype() == "stored"
