@@ -56,8 +56,8 @@ def test_a_cpu_counts_16_bit_models_as_it_computes_them_in_fp32() -> None:
     on_cpu = mx.default_device() == mx.cpu
 
     def held(shape: ModelShape, method: str, rows: int = 64) -> float:
-        sizes = {"row_tokens": 32, "num_rows": 2048, "validation_rows": 8}
-        return work_of(request_of(method, rows=rows), shape, **sizes).held_bytes
+        request = request_of(method, rows=rows)
+        return work_of(request, shape, row_tokens=32, num_rows=2048, validation_rows=8).held_bytes
 
     assert (held(narrow, "rtn") == held(_shape(), "rtn")) == on_cpu  # the measurement of the result
     hidden = held(narrow, "gptq", rows=2048) - held(narrow, "gptq", rows=1024)
