@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import psutil
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
-
-from mlxflow.device import compute_device
 
 # The share of the memory up to which the weights of a whole model are widened
 _MOST_SHARE = 0.5
@@ -59,7 +58,7 @@ def widen(model: nn.Module, *, at_any_size: bool = False, keeps: Set[str] = froz
     parameters = model.parameters()
     size = sum(_bytes_in_fp32(value) for _, value in tree_flatten(parameters))
     blocks: tuple[str, ...] = ()
-    if not at_any_size and size > _MOST_SHARE * compute_device.working_set_bytes():
+    if not at_any_size and size > _MOST_SHARE * psutil.virtual_memory().total:
         blocks = tuple(f"{path}." for path in _block_paths(model))
 
     def cast(path: str, value: Any) -> Any:

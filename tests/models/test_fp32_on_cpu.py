@@ -1,11 +1,12 @@
 import copy
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+import psutil
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow.device import compute_device
 from mlxflow.models import fp32_on_cpu
 from tests.small_models import llama
 
@@ -25,6 +26,10 @@ def _dtypes(model: nn.Module) -> set[mx.Dtype]:
     return {value.dtype for _, value in tree_flatten(model.parameters())}
 
 
+def _set_memory(monkeypatch: pytest.MonkeyPatch, total: int) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total))
+
+
 @on_cpu
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_a_widened_model_computes_as_one_with_the_same_weights_in_fp32(dtype: mx.Dtype) -> None:
@@ -41,7 +46,7 @@ def test_blocks_that_would_take_most_of_the_memory_are_widened_product_by_produc
 ) -> None:
     model, exact = _model(), _model()
     size = 4 * sum(value.size for _, value in tree_flatten(model.parameters()))
-    monkeypatch.setattr(compute_device, "working_set_bytes", lambda: 2 * size - 1)
+    _set_memory(monkeypatch, 2 * size - 1)
     fp32_on_cpu.widen(model)
     narrow = {path for path, value in tree_flatten(model.parameters()) if value.dtype == mx.float16}
     matrices = [path for path, value in tree_flatten(model.parameters()) if value.ndim > 1]
@@ -49,14 +54,14 @@ def test_blocks_that_would_take_most_of_the_memory_are_widened_product_by_produc
     exact.set_dtype(mx.float32)
     assert model(TOKENS).dtype == mx.float32
     assert mx.allclose(model(TOKENS), exact(TOKENS), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(compute_device, "working_set_bytes", lambda: 2 * size)
+    _set_memory(monkeypatch, 2 * size)
     fp32_on_cpu.widen(model)
     assert _dtypes(model) == {mx.float32}
 
 
 @on_cpu
 def test_a_model_that_is_read_block_by_block_is_widened_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute_device, "working_set_bytes", lambda: 1)
+    _set_memory(monkeypatch, 1)
     model = _model()
     loaded = fp32_on_cpu.loading_in_fp32_on_cpu(lambda: copy.deepcopy(model))()
     assert _dtypes(loaded) == {mx.float32}
