@@ -44,6 +44,7 @@ _STAND_IN = """#!/bin/sh
 name=$(basename "$0")
 echo "$name $*" >> "$CALLS"
 case "$name $*" in
+    "$FAILS"*) exit 1 ;;
     "uname ") echo Darwin ;;
     "uname -sm") echo Darwin arm64 ;;
     "python3 -m venv "*) mkdir -p "$3/bin"; for each in $NOTED; do cp "$0" "$3/bin/$each"; done ;;
@@ -52,7 +53,6 @@ case "$name $*" in
     "mlxflow init "*) mkdir -p "$2" ;;
     "mlxflow generate "*) echo "def f(x): return x" ;;
     "mlxflow doctor --report "*) echo "{}" > "$3"; echo "| a | row |" ;;
-    "$FAILS"*) exit 1 ;;
 esac
 """
 
@@ -142,6 +142,21 @@ def test_the_steps_of_the_template_run_on_a_mac(tmp_path: Path) -> None:
         assert (result.returncode, result.stderr) == (0, ""), name
     assert mac.calls == ["pip install mlxflow", "doit cache-key report", "mlxflow build"]
     assert (tmp_path / "output").read_text() == "key=report-0123456789abcdef\n"
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        "python3 .ci/audit.py", "python3 -m venv", "pip install -q --no-compile --require-hashes",
+        "pip install -q --no-compile -e", "ruff", "mypy", "lint-imports", "zensical", "doit", "mlxflow generate",
+        "pytest",
+    ],
+)  # fmt: skip
+def test_a_failing_part_of_ci_fails_it_also_where_it_runs_beside_others(tmp_path: Path, fails: str) -> None:
+    mac = Mac(tmp_path, fails)
+    assert mac.run(".ci/run").returncode == 1
+    assert any(call.startswith(fails) for call in mac.calls)
+    assert not list((tmp_path / "temp").iterdir())
 
 
 @pytest.mark.parametrize("fails", ["pytest -m gpu", "python -m mlxflow.kernels.verification"])
