@@ -125,7 +125,7 @@ def test_every_step_of_ci_runs_on_a_mac(tmp_path: Path) -> None:
         assert (result.returncode, result.stderr) == (0, ""), name
     calls = "\n".join(mac.calls)
     for expected in (
-        "pytest \n", "doit cache-key report\n", "doit \n", "mlxflow build\n", "pytest -m gpu -n 2\n",
+        "pytest -n 3\n", "doit cache-key report\n", "doit \n", "mlxflow build\n", "pytest -m gpu -n 2\n",
         "python -m mlxflow.kernels.verification ", "mlxflow doctor --report kernels-doctor.json",
     ):  # fmt: skip
         assert expected in calls + "\n", expected
@@ -147,9 +147,9 @@ def test_the_steps_of_the_template_run_on_a_mac(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fails",
     [
-        "python3 .ci/audit.py", "python3 -m venv", "pip install -q --no-compile --require-hashes",
-        "pip install -q --no-compile -e", "ruff", "mypy", "lint-imports", "zensical", "doit", "mlxflow generate",
-        "pytest",
+        "python3 .ci/audit.py", "python3 -m venv", "pip install -q --require-hashes", "pip install -q -e",
+        "python -m compileall -q mlxflow", "ruff", "mypy", "lint-imports", "zensical", "doit", "mlxflow generate",
+        "pytest -q -n 0 --collect-only", "pytest -n 3",
     ],
 )  # fmt: skip
 def test_a_failing_part_of_ci_fails_it_also_where_it_runs_beside_others(tmp_path: Path, fails: str) -> None:

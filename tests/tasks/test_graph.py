@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlxflow.data import sources
 from mlxflow.messages.errors import UserError
 from mlxflow.models import tokenizer_files
 from mlxflow.storage import state_files
@@ -185,7 +186,12 @@ class Project:
 
 
 @pytest.fixture(autouse=True)
-def _corpus_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def _corpora_are_set(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Set the variable, and a built-in corpus of few files: it is looked at for every decision."""
+    library = tmp_path_factory.mktemp("library")
+    for name in ("one.py", "package/two.py", "package/three.py"):
+        _write(library / name, 0)
+    monkeypatch.setattr(sources, "_library", lambda: str(library))
     monkeypatch.setenv("CORPUS", "docs")
 
 
