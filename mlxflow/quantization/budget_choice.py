@@ -20,6 +20,7 @@ from mlxflow.quantization.block_calls import blocks_answering
 from mlxflow.quantization.calibrated import scaled_model
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.dense_model import DenseModel
+from mlxflow.quantization.done_work import TRIAL
 from mlxflow.quantization.grids import first_grid, pack_on
 from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
 from mlxflow.quantization.plan import quantizable_layers
@@ -244,4 +245,4 @@ def _codes(
 
 def _folder(context: Context, number: int) -> Path:
     """Return the folder of what a method writes while it learns a uniform plan."""
-    return context.unfinished / f"setting-{number}"
+    return context.unfinished / f"{TRIAL}{number}"

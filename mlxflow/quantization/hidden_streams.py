@@ -22,6 +22,18 @@ _KINDS = ("dense", "quantized", "gradient")
 _NAME, _KEY, _ERRORS = "hidden", "key", "errors"
 
 
+def count_finished(folder: Path) -> int:
+    """Return the number of blocks that an earlier run finished in a folder, which may be missing."""
+    number = 0
+    while _block_file(folder, number).is_file():
+        number += 1
+    return number
+
+
+def _block_file(folder: Path, number: int) -> Path:
+    return folder / f"block-{number}.safetensors"
+
+
 class FinishedBlock(NamedTuple):
     """A block whose layers are packed.
 
@@ -60,10 +72,7 @@ class HiddenStreams:
     @property
     def next_block(self) -> int:
         """The number of the first block that is not finished."""
-        number = 0
-        while self._block_file(number).is_file():
-            number += 1
-        return number
+        return count_finished(self._folder)
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the first row, and one past the last, of each part that is computed together."""
@@ -118,7 +127,7 @@ class HiddenStreams:
             for own, part in codes._asdict().items()
             if part is not None
         }
-        file = self._block_file(number)
+        file = _block_file(self._folder, number)
         temporary = temporary_files.beside(file)
         metadata = {_KEY: self._key, _ERRORS: " ".join(map(repr, errors))}
         with TensorFile(temporary, {name: (one.dtype, one.shape) for name, one in tensors.items()}, metadata) as out:
@@ -129,7 +138,7 @@ class HiddenStreams:
 
     def finished(self, number: int) -> FinishedBlock:
         """Return a finished block; its codes are lazy."""
-        file = self._block_file(number)
+        file = _block_file(self._folder, number)
         tensors: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
         paths = dict.fromkeys(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
         packed = {
@@ -147,6 +156,3 @@ class HiddenStreams:
 
     def _stream_file(self, kind: str, number: int) -> Path:
         return self._folder / f"{kind}-{number}.safetensors"
-
-    def _block_file(self, number: int) -> Path:
-        return self._folder / f"block-{number}.safetensors"

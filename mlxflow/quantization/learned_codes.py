@@ -67,6 +67,11 @@ def learned_once(folder: Path, identity: str, learn: Callable[[], LearnedCodes],
     return learned
 
 
+def has_learned(folder: Path) -> bool:
+    """Return whether an interrupted run has learned all layers; its files are not read."""
+    return (folder / _FOLDER / _FACTS).is_file()
+
+
 def _write(folder: Path, identity: str, learned: LearnedCodes) -> None:
     with atomic_folders.writable(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.evaluation.slices import num_heads
 from mlxflow.quantization.block_method import TOKENS_PER_STEP
+from mlxflow.quantization.done_work import DoneWork
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
 
@@ -19,6 +20,8 @@ _PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 6, "block": 6, "qat": 0}
 # and in a training loss: exponentials and passes over memory, in the time of so many operations in products
 _ROUNDING, _PACKING = 1500, 100
 _COMPARING, _TRAINING_LOSS = 10_000, 5_000
+
+_NOTHING = DoneWork()
 
 # Plans that a budget compares on the calibration rows: a mixed one and uniform ones
 _PLANS = 3
@@ -106,6 +109,7 @@ def work_of(
     num_rows: int,
     validation_rows: int,
     is_unusual: bool = False,
+    done: DoneWork = _NOTHING,
 ) -> QuantizationWork:
     """Return the work of a request.
 
@@ -116,19 +120,22 @@ def work_of(
         num_rows: training rows.
         validation_rows: on which the result is measured.
         is_unusual: whether the blocks of the model cannot be computed one by one; see `held_models`.
+        done: by an interrupted run; its operations are not counted.
     """
     tokens = min(request.calibration_rows, num_rows) * row_tokens
     one_pass = 2.0 * shape.parameters * tokens
     own = _method_operations(request, shape, one_pass, tokens, row_tokens, num_rows)
-    operations = own + shape.parameters * _PACKING + 4.0 * shape.parameters * validation_rows * row_tokens
-    operations += _logit_operations(request, tokens, row_tokens, validation_rows) * shape.vocab_size
+    left = _method_operations(request, shape, one_pass, tokens, row_tokens, num_rows, done)
+    operations = left + shape.parameters * _PACKING + 4.0 * shape.parameters * validation_rows * row_tokens
+    operations += _logit_operations(request, tokens, row_tokens, validation_rows, done) * shape.vocab_size
     operations += (request.rotations + 2) * one_pass if request.rotations else 0.0
     if request.budget is not None:
         pairs = len(request.budget.candidate_bits) * len(request.budget.candidate_group_sizes)
         trial = _method_operations(
             request._replace(block_steps=0, scale_steps=0, training=None), shape, one_pass, tokens, row_tokens, num_rows
         )
-        operations += pairs * (trial + shape.parameters * _ROUNDING) + 6.0 * one_pass + (own + one_pass)
+        trials = max(0.0, pairs - done.trials)
+        operations += trials * trial + pairs * shape.parameters * _ROUNDING + 6.0 * one_pass + (own + one_pass)
     held = max(
         _learning_bytes(request, shape, tokens, row_tokens),
         _measuring_bytes(shape, validation_rows * row_tokens),
@@ -173,38 +180,50 @@ def held_models(
 
 
 def _method_operations(
-    request: QuantizationRequest, shape: ModelShape, one_pass: float, tokens: int, row_tokens: int, num_rows: int
+    request: QuantizationRequest,
+    shape: ModelShape,
+    one_pass: float,
+    tokens: int,
+    row_tokens: int,
+    num_rows: int,
+    done: DoneWork = _NOTHING,
 ) -> float:
     operations = _PASSES[request.method] * one_pass
     if request.method in ("gptq", "block"):
         operations += 2.0 * tokens * shape.square_widths + 4.0 * shape.cubic_widths
     if request.method == "block":
         operations += shape.parameters * _ROUNDING + 6.0 * request.block_steps * TOKENS_PER_STEP * shape.blocks
-        if request.scale_steps:
-            operations += 8.0 * request.scale_steps * TOKENS_PER_STEP * shape.parameters + one_pass
+    operations *= 1 - done.learned
+    if request.method == "block" and request.scale_steps:
+        steps = request.scale_steps - done.scale_steps
+        operations += 8.0 * steps * TOKENS_PER_STEP * shape.parameters + (0.0 if done.scale_steps else one_pass)
     if request.training is not None:
         settings = request.training.settings
-        read = settings.num_steps * settings.rows_per_step
+        read = (settings.num_steps - done.training_steps) * settings.rows_per_step
         operations += shape.parameters * _ROUNDING + 6.0 * shape.parameters * read * row_tokens
         if request.training.distills:
             operations += 2.0 * shape.parameters * min(read, num_rows) * row_tokens
     return operations
 
 
-def _logit_operations(request: QuantizationRequest, tokens: int, row_tokens: int, validation_rows: int) -> float:
+def _logit_operations(
+    request: QuantizationRequest, tokens: int, row_tokens: int, validation_rows: int, done: DoneWork
+) -> float:
     """Return the operations on the logits of all positions, for each entry of the vocabulary."""
-    compared, trained = validation_rows * row_tokens, 0
+    compared, trained = validation_rows * row_tokens, 0.0
     if request.rotations:
         compared += (request.rotations + 1) * tokens
     if request.budget is not None:
         compared, trained = compared + _PLANS * tokens, trained + tokens
     if request.method == "dwq":
-        trained += 2 * tokens
+        trained += 2 * tokens * (1 - done.learned)
     if request.method == "block" and request.scale_steps:
-        trained += request.scale_steps * min(TOKENS_PER_STEP, tokens) + tokens
+        trained += (request.scale_steps - done.scale_steps) * min(TOKENS_PER_STEP, tokens)
+        trained += 0 if done.scale_steps else tokens
     if request.training is not None:
         settings = request.training.settings
-        trained += settings.num_steps * settings.rows_per_step * row_tokens * (2 if request.training.distills else 1)
+        steps = settings.num_steps - done.training_steps
+        trained += steps * settings.rows_per_step * row_tokens * (2 if request.training.distills else 1)
     return float(_COMPARING * compared + _TRAINING_LOSS * trained)
 
 

@@ -19,6 +19,7 @@ from mlxflow.messages import terminal
 from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.quantization.block_calls import find_blocks, kind_of_model
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
+from mlxflow.quantization.done_work import done_work
 from mlxflow.quantization.memory_advice import memory_advice
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
@@ -109,9 +110,18 @@ def announced(
     shape = ModelShape.of(dense.model, vocab_size)
     unusual = _unusual_blocks(request, dense.model, length)
 
+    done = done_work(request, context.unfinished, num_blocks=shape.num_blocks)
+
     def counted_work(request: QuantizationRequest) -> QuantizationWork:
-        sizes = {"row_tokens": length, "num_rows": num_rows, "validation_rows": validation_rows}
-        return work_of(request, shape, **sizes, is_unusual=bool(unusual))
+        return work_of(
+            request,
+            shape,
+            row_tokens=length,
+            num_rows=num_rows,
+            validation_rows=validation_rows,
+            is_unusual=bool(unusual),
+            done=done,
+        )
 
     work = counted_work(request)
     counted = _FIXED_SECONDS + work.operations / operations_per_second(
@@ -121,7 +131,7 @@ def announced(
     file, name = context.state / FILE, f"{kind} on {context.device} {compute_device.name()}"
     records = read_records(file)
     own = records.get(name, [])
-    terminal.say(described(kind, counted, work.held_bytes, own, task=context.task))
+    terminal.say(described(kind, counted, work.held_bytes, own, task=context.task, done=done.description))
     tokens_read = min(request.calibration_rows, num_rows) * length
     held = held_models(request, shape, row_tokens=length, tokens=tokens_read, is_unusual=bool(unusual))
     lines = [*_held_lines(held, unusual, task=context.task)]
@@ -200,7 +210,9 @@ def kind_of(request: QuantizationRequest) -> str:
     return f"{request.method} with {' and '.join(found)}" if found else request.method
 
 
-def described(method: str, seconds: float, held_bytes: float, records: Sequence[WorkRecord], *, task: str) -> str:
+def described(
+    method: str, seconds: float, held_bytes: float, records: Sequence[WorkRecord], *, task: str, done: str = ""
+) -> str:
     """Return the line that says what a method will take.
 
     Args:
@@ -209,6 +221,7 @@ def described(method: str, seconds: float, held_bytes: float, records: Sequence[
         held_bytes: counted.
         records: of earlier runs of the method on this device.
         task: the stage.
+        done: what an interrupted run has done, in words; empty for nothing.
     """
     time_taken = predicted(seconds, [one.seconds for one in records], slower=_SLOWER.get(method, _USUALLY_SLOWER))
     memory = predicted(held_bytes, [one.held_bytes for one in records], slower=1.0)
@@ -219,4 +232,5 @@ def described(method: str, seconds: float, held_bytes: float, records: Sequence[
         long = f"about {duration(time_taken.value)} ({duration(time_taken.low)} to {duration(time_taken.high)})"
     if memory.high >= 1e7:
         much = f"{memory.value / 1e9:.2g} GB ({memory.low / 1e9:.2g} to {memory.high / 1e9:.2g})"
-    return f"{task}: {method} will take {long} and {much}, {source}"
+    line = f"{task}: {method} will take {long} and {much}, {source}"
+    return f"{line}; {done}, which is not counted" if done else line

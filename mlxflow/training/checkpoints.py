@@ -42,6 +42,12 @@ class _Kept(msgspec.Struct):
     best: str
 
 
+def last_step(folder: Path) -> int:
+    """Return the step of the last checkpoint in a folder by its name, which is not read; 0 if there is none."""
+    steps = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint that was read.
 

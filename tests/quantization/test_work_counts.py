@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.quantization.bit_allocation import BudgetRequest
+from mlxflow.quantization.done_work import DoneWork
 from mlxflow.quantization.quality import QualityLimits
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.settings import Setting
@@ -35,8 +36,9 @@ def request_of(method: str, **changes: Any) -> QuantizationRequest:
 
 
 def _work(method: str, *, is_unusual: bool = False, **changes: Any) -> Any:
-    sizes = {"row_tokens": 32, "num_rows": 64, "validation_rows": 8}
-    return work_of(request_of(method, **changes), _shape(), is_unusual=is_unusual, **sizes)
+    done = changes.pop("done", DoneWork())
+    request = request_of(method, **changes)
+    return work_of(request, _shape(), row_tokens=32, num_rows=64, validation_rows=8, is_unusual=is_unusual, done=done)
 
 
 def test_the_sizes_are_those_of_the_model() -> None:
@@ -62,6 +64,30 @@ def test_a_cpu_counts_16_bit_models_as_it_computes_them_in_fp32() -> None:
     assert (held(narrow, "rtn") == held(_shape(), "rtn")) == on_cpu  # the measurement of the result
     hidden = held(narrow, "gptq", rows=2048) - held(narrow, "gptq", rows=1024)
     assert hidden == pytest.approx(2 * 1024 * 32 * 64 * (4 if on_cpu else 2))
+
+
+def test_what_an_interrupted_run_has_done_is_not_counted() -> None:
+    whole, half, all_of_it = (
+        _work("block", scale_steps=10, done=DoneWork(*done)) for done in [(0.0, 0), (0.5, 0), (1.0, 10)]
+    )
+    assert whole.operations > half.operations > all_of_it.operations
+    assert all_of_it.operations == _work("rtn").operations
+    assert whole.held_bytes == half.held_bytes == all_of_it.held_bytes  # a run that is resumed holds the same arrays
+    blocks = _work("block", scale_steps=10).operations - _work("block", scale_steps=10, done=DoneWork(1.0)).operations
+    assert whole.operations - half.operations == pytest.approx(blocks / 2)
+    few, many = (_work("block", scale_steps=20, done=DoneWork(1.0, steps)).operations for steps in (15, 5))
+    assert many - few == pytest.approx(
+        _work("block", scale_steps=20).operations - _work("block", scale_steps=10).operations
+    )
+
+
+def test_plans_of_a_budget_that_are_learned_are_not_counted() -> None:
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+    none, one, all_four = (
+        _work("gptq", budget=budget, done=DoneWork(trials=trials)).operations for trials in (0.0, 1.0, 4.0)
+    )
+    assert none - all_four == pytest.approx(4 * (none - one))
+    assert all_four > _work("gptq").operations  # gradients and the comparison of plans are still to be computed
 
 
 def test_more_work_takes_longer() -> None:

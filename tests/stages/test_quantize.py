@@ -175,7 +175,9 @@ def _stop_training(monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
     monkeypatch.setattr(trainer.Trainer, "_after_update", stopped)
 
 
-def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_qat_resumes_to_the_same_bytes(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = {"method": "qat", "mode": "symmetric", "bits": 3, "num_steps": 6, "batch_size": 4}
     job.run(**table)
     whole = (job.artifact / "model.safetensors").read_bytes()
@@ -185,7 +187,9 @@ def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest
         job.run(**table)
     assert not job.artifact.exists()
     monkeypatch.undo()
+    assert "steps are done" not in capsys.readouterr().err
     job.run(**table)
+    assert "; 3 of 6 steps are done, which is not counted\n" in capsys.readouterr().err
     assert (job.artifact / "model.safetensors").read_bytes() == whole
 
 
@@ -885,7 +889,7 @@ def test_a_method_that_does_not_support_the_plan_is_refused_before_anything_is_c
 @pytest.mark.matrix
 @pytest.mark.parametrize("budget", [{}, {"target_bits_per_weight": 3.6, "candidate_bits": [2, 4]}])
 def test_a_block_run_that_ends_in_the_middle_resumes_after_its_last_block_to_the_same_bytes(
-    job: Job, monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any]
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], budget: dict[str, Any]
 ) -> None:
     from mlxflow.quantization import block_method
     from mlxflow.quantization.block_training import train_block
@@ -920,7 +924,9 @@ def test_a_block_run_that_ends_in_the_middle_resumes_after_its_last_block_to_the
         learn(self, number, call)
 
     monkeypatch.setattr(block_method._BlockWork, "learn", counted)
+    capsys.readouterr()
     job.run(**table)
+    assert ("; 1 of 2 blocks are done, which is not counted\n" in capsys.readouterr().err) == (not budget)
     assert learned[0] == 1  # block 0 was finished
     assert (job.artifact / "model.safetensors").read_bytes() == whole
     assert not list((job.folder / "artifacts").rglob("block-*.safetensors"))

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.messages.errors import StageError
-from mlxflow.training.checkpoints import CheckpointStore
+from mlxflow.training.checkpoints import CheckpointStore, last_step
 from tests.training.small_training import (
     checkpoint_store,
     make_trainer,
@@ -127,3 +127,10 @@ def test_checkpoints_are_plain_files(tmp_path: Path) -> None:
     assert isinstance(arrays, dict)
     assert {name.split(".")[0] for name in arrays} == {"update", "random"}
     assert json.loads((folder / "state.json").read_text())["facts"]["step"] == 4
+
+
+def test_the_last_step_is_read_from_the_names(tmp_path: Path) -> None:
+    assert last_step(tmp_path / "missing") == 0
+    for name in ("step-000009", "step-000100", ".step-000200.partial", "step-x"):
+        (tmp_path / name).mkdir()
+    assert last_step(tmp_path) == 100

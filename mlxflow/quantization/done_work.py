@@ -1,0 +1,66 @@
+"""The part of a quantization that an interrupted run has done, read from the names of the files that it left.
+
+Only the forecast depends on it. Whether a file is used is decided where the work is resumed.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxflow.quantization.hidden_streams import count_finished
+from mlxflow.quantization.learned_codes import has_learned
+from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.training.checkpoints import last_step
+
+#: The beginning of the names of folders in which a budget learns uniform plans.
+TRIAL = "setting-"
+
+
+class DoneWork(NamedTuple):
+    """What an interrupted run has done.
+
+    Attributes:
+        learned: share of the method's work without `scale_steps` and training, such as that of the blocks.
+        scale_steps: updates of all scales after the blocks.
+        training_steps: updates of "qat".
+        trials: methods on uniform plans that a budget compares, as many as whole ones.
+        description: in words, for the forecast; empty for nothing.
+    """
+
+    learned: float = 0.0
+    scale_steps: int = 0
+    training_steps: int = 0
+    trials: float = 0.0
+    description: str = ""
+
+
+def done_work(request: QuantizationRequest, folder: Path, *, num_blocks: int) -> DoneWork:
+    """Return what an interrupted run has done of a request.
+
+    Args:
+        request: method and settings.
+        folder: of its files; it may be missing.
+        num_blocks: of the model.
+    """
+    trials = sum(_learned(trial, num_blocks) for trial in folder.glob(f"{TRIAL}*")) if request.budget else 0.0
+    return _of_method(request, folder, num_blocks)._replace(trials=trials)
+
+
+def _of_method(request: QuantizationRequest, folder: Path, num_blocks: int) -> DoneWork:
+    if request.training is not None:
+        return _trained(request.training.settings.num_steps, last_step(folder))
+    if has_learned(folder):
+        return DoneWork(1.0, request.scale_steps, description="the layers are learned")
+    if request.method == "block" and (share := _learned(folder, num_blocks)):
+        return DoneWork(share, description=f"{round(share * num_blocks):,} of {num_blocks:,} blocks are done")
+    return DoneWork()
+
+
+def _learned(folder: Path, num_blocks: int) -> float:
+    """Return the share of the blocks of a plan that are learned."""
+    return 1.0 if has_learned(folder) else min(count_finished(folder), num_blocks) / num_blocks
+
+
+def _trained(num_steps: int, done: int) -> DoneWork:
+    done = min(done, num_steps)
+    description = f"{done:,} of {num_steps:,} steps are done" if done else ""
+    return DoneWork(training_steps=done, description=description)
