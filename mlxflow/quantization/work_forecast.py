@@ -8,6 +8,7 @@ runs of the same method are predicted with it; the first one has a wide interval
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from mlxflow.quantization.done_work import done_work
 from mlxflow.quantization.memory_advice import memory_advice
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.quantization.work_counts import ModelShape, QuantizationWork, held_models, work_of
+from mlxflow.quantization.work_counts import ModelShape, held_models, work_of
 from mlxflow.quantization.work_records import WorkRecord, read_records, write_records
 from mlxflow.storage.run_context import Context
 from mlxflow.training.progress import duration
@@ -111,18 +112,15 @@ def announced(
     unusual = _unusual_blocks(request, dense.model, length)
 
     done = done_work(request, context.unfinished, num_blocks=shape.num_blocks)
-
-    def counted_work(request: QuantizationRequest) -> QuantizationWork:
-        return work_of(
-            request,
-            shape,
-            row_tokens=length,
-            num_rows=num_rows,
-            validation_rows=validation_rows,
-            is_unusual=bool(unusual),
-            done=done,
-        )
-
+    counted_work = partial(
+        work_of,
+        shape=shape,
+        row_tokens=length,
+        num_rows=num_rows,
+        validation_rows=validation_rows,
+        is_unusual=bool(unusual),
+        done=done,
+    )
     work = counted_work(request)
     counted = _FIXED_SECONDS + work.operations / operations_per_second(
         shape.hidden_size, dtype_of_products(request, dense.model)
