@@ -110,7 +110,6 @@ def announced(
         vocab_size = tokens.train.vocab_size
     shape = ModelShape.of(dense.model, vocab_size)
     unusual = _unusual_blocks(request, dense.model, length)
-
     done = done_work(request, context.unfinished, num_blocks=shape.num_blocks)
     counted_work = partial(
         work_of,
@@ -122,16 +121,15 @@ def announced(
         done=done,
     )
     work = counted_work(request)
-    counted = _FIXED_SECONDS + work.operations / operations_per_second(
-        shape.hidden_size, dtype_of_products(request, dense.model)
-    )
+    speed = operations_per_second(shape.hidden_size, dtype_of_products(request, dense.model))
+    counted = _FIXED_SECONDS + work.operations / speed
     kind = f"{kind_of(request)} of a whole model" if unusual else kind_of(request)
     file, name = context.state / FILE, f"{kind} on {context.device} {compute_device.name()}"
     records = read_records(file)
     own = records.get(name, [])
     terminal.say(described(kind, counted, work.held_bytes, own, task=context.task, done=done.description))
-    tokens_read = min(request.calibration_rows, num_rows) * length
-    held = held_models(request, shape, row_tokens=length, tokens=tokens_read, is_unusual=bool(unusual))
+    read = min(request.calibration_rows, num_rows) * length
+    held = held_models(request, shape, row_tokens=length, tokens=read, is_unusual=bool(unusual))
     lines = [*_held_lines(held, unusual, task=context.task)]
     if work.held_bytes > context.memory_limit_bytes > 0:
         has_blocks = not isinstance(find_blocks(dense.model, context_length=length), str)
