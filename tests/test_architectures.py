@@ -1,7 +1,9 @@
 """Every architecture with every method: some of the cases by default, all of them with `pytest -m matrix`."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from benchmarks.architecture_configs import DENSE, MIXTURES
@@ -11,7 +13,10 @@ from tests.conftest import REPOSITORY
 
 ARCHITECTURES = [*DENSE, *MIXTURES]
 
-#: What each architecture is tried with by default: one case in turn; every fifth is rounded, too.
+#: Of so many architectures one is rounded and compiled by default, too.
+EVERY = 5
+
+#: What each architecture is tried with by default: one case in turn.
 OTHERS = [name for name in CASES if name != "rtn"]
 
 
@@ -19,7 +24,7 @@ def _cases() -> list[Any]:
     """Return every pair of architecture and case; those that are not tried by default are marked."""
     pairs = []
     for place, architecture in enumerate(ARCHITECTURES):
-        default = {OTHERS[place % len(OTHERS)], *(["rtn"] if place % 5 == 0 else [])}
+        default = {OTHERS[place % len(OTHERS)], *(["rtn"] if place % EVERY == 0 else [])}
         for name in CASES:
             marks = [] if name in default else [pytest.mark.matrix]
             pairs.append(pytest.param(architecture, name, marks=marks, id=f"{architecture}-{name}"))
@@ -31,7 +36,18 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return Jobs(tmp_path_factory.mktemp("architectures"))
 
 
+@pytest.fixture
+def _few_compile(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile the graphs of every fifth architecture by default: g++, started for each kernel, is most of the time."""
+    place = ARCHITECTURES.index(request.node.callspec.params["architecture"])
+    if place % EVERY and not request.node.get_closest_marker("matrix"):
+        mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
 @pytest.mark.parametrize(("architecture", "name"), _cases())
+@pytest.mark.usefixtures("_few_compile")
 def test_every_architecture_case_works(
     jobs: Jobs, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

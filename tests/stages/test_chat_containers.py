@@ -1,6 +1,7 @@
 """The same conversations in every container and form give the same rows."""
 
 import csv
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -110,8 +111,13 @@ def expected(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> list[
     return rows
 
 
-@pytest.mark.parametrize("container", WRITERS)
-@pytest.mark.parametrize("form", FORMS)
+def _usual_pairs() -> list[tuple[str, str]]:
+    """Return pairs in which each form is in lines of JSON, and each container has plain and nested records."""
+    lines = [(form, "jsonl") for form in FORMS]
+    return [*lines, *((form, container) for form in ("parts and nulls", "alpaca") for container in WRITERS)]
+
+
+@pytest.mark.parametrize(("form", "container"), rest_in_matrix(itertools.product(FORMS, WRITERS), *_usual_pairs()))
 def test_a_chat_format_gives_the_same_rows_in_each_container(
     tmp_path: Path, tokenizer: Path, expected: list[Any], form: str, container: str
 ) -> None:
