@@ -1,6 +1,7 @@
 """What the tests share: a small text, and the whole chain built from it once."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +123,42 @@ def _run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return this worker's copy of a folder that one worker makes for all of them.
+
+    Args:
+        factory: of temporary folders.
+        name: of the folder, different for each that is made so.
+        make: fills the folder, which is empty.
+    """
+    shared = factory.getbasetemp()
+    folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / name / "job"
+    folder.parent.mkdir(exist_ok=True)
+    complete = folder.parent / "complete"
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            make(folder)
+            complete.touch()
+    return Path(shutil.copytree(folder, factory.mktemp(f"{name}-copy") / "job"))
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a tiny workflow whose every stage was run; tests only look at it."""
-    folder = tmp_path_factory.mktemp("built")
+    folder = made_once(tmp_path_factory, "built", _build)
+    before = _content(folder)
+    yield folder
+    assert _content(folder) == before, "a test changed the folder that the others look at: let it take job_copy"
+
+
+def _build(folder: Path) -> None:
     write_workflow(folder)
     for stage in STAGES:
         result = mlxflow(folder, "run", stage)
         assert result.returncode == 0, result.stderr
-    before = _content(folder)
-    yield folder
-    assert _content(folder) == before, "a test changed the folder that the others look at: let it take job_copy"
 
 
 def _content(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ The tables of exceptions may only shrink: an entry that is no longer needed fail
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def measured(text: str) -> Iterator[tuple[str, str, int]]:
     yield from visit(ast.parse(text), "")
 
 
+@functools.cache
 def _excesses() -> dict[str, int]:
     found: dict[str, int] = {}
     for path in _modules("mlxflow", "tasks", "benchmarks"):
@@ -261,6 +263,7 @@ def circles(imports: dict[str, set[str]]) -> set[str]:
     return {package for package, others in reached.items() if package in others}
 
 
+@functools.cache
 def _packages() -> dict[str, set[str]]:
     texts = {
         path.relative_to(REPOSITORY / "mlxflow").as_posix(): path.read_text("utf-8") for path in _modules("mlxflow")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.conftest import REPOSITORY, made_once
+
 PRETOKENIZE, TRAIN, Q4, Q8, PROFILE, BENCHMARK, REPORT = ALL = (
     "pretokenize",
     "train",
@@ -48,7 +49,10 @@ class Job:
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A job whose every stage is fresh, which no row changes."""
-    folder = tmp_path_factory.mktemp("staleness")
+    return Job(made_once(tmp_path_factory, "staleness", _build))
+
+
+def _build(folder: Path) -> None:
     shutil.copy(REPOSITORY / "dodo.py", folder)
     text = (REPOSITORY / "tests" / "tiny.toml").read_text()
     text = text.replace("[pretokenize]", '[pretokenize]\nsources = ["notes"]', 1)
@@ -59,9 +63,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Job:
     for number in range(20):
         lines = [f"note {number} line {line}: the {line * number % 17}th thing to remember" for line in range(60)]
         (folder / "notes" / f"{number:02}.txt").write_text("\n".join(lines))
-    made = Job(folder)
-    assert made.stages_that_run() == list(ALL)
-    return made
+    assert Job(folder).stages_that_run() == list(ALL)
 
 
 @pytest.fixture(scope="module")

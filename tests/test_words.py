@@ -4,6 +4,7 @@ Read are docstrings, comments, messages and help of the code, the README, docs a
 still have some may only shrink: a file with fewer than listed fails as one with more does.
 """
 
+import functools
 import io
 import re
 import tokenize
@@ -51,6 +52,7 @@ def forbidden_words(text: str) -> list[str]:
     return [match[0] for match in _FORBIDDEN.finditer(_FIELD_TERMS.sub("", re.sub(r"\s+", " ", text)))]
 
 
+@functools.cache
 def _found() -> dict[str, int]:
     files = [*(REPOSITORY / "mlxflow").rglob("*"), *(REPOSITORY / "tasks").rglob("*.py"), REPOSITORY / "README.md"]
     files += (REPOSITORY / "docs").rglob("*.md")
