@@ -18,6 +18,9 @@
     python benchmarks/quantize.py memory [SHAPE [METHODS [LAYERS]]]
                                                        memory and time of each method on random weights of Llama 3's
                                                        shape with few layers, and what grows with their number
+    python benchmarks/quantize.py compensation [WIDTHS [ROWS]]
+                                                       seconds to factor the inputs of a layer, and to compensate rows
+                                                       of its weights, by width
     python benchmarks/quantize.py forecast [NAMES [LAYERS [RUNS]]]
                                                        forecasts of time and memory beside what each method took, in
                                                        its first run and in further ones
@@ -151,6 +154,30 @@ def evaluate(folder: str) -> None:
     )
 
 
+def compensation(widths: str = "1024,4096", rows: str = "4096") -> None:
+    """Time the compensation of rounding errors by numbers of columns: of one factorization, and of the rows."""
+    import numpy as np
+
+    from mlxflow.quantization.error_compensation import Compensation
+    from mlxflow.quantization.grids import nearest
+    from mlxflow.quantization.settings import Setting
+
+    setting, random = Setting("affine", 4, 64), np.random.default_rng(0)
+    for width in map(int, widths.split(",")):
+        inputs = random.standard_normal((512, width), dtype=np.float32)
+        products = inputs.T @ inputs
+        weight = random.standard_normal((int(rows), width), dtype=np.float32)
+        low, high = (end(weight.reshape(len(weight), -1, 64), axis=-1) for end in (np.min, np.max))
+        times = [(time.perf_counter(), time.process_time())]
+        made = Compensation(products)
+        times.append((time.perf_counter(), time.process_time()))
+        made.applied(weight, np.stack([(high - low) / 15, low]), nearest=nearest(setting))
+        times.append((time.perf_counter(), time.process_time()))
+        figures = np.diff(np.asarray(times), axis=0).reshape(-1).tolist()
+        names = ("factor_seconds", "factor_cpu_seconds", "rows_seconds", "rows_cpu_seconds")
+        print_row(f"{width} columns, {rows} rows", **dict(zip(names, figures, strict=True)))
+
+
 PARTS = {
     part.__name__: part
     for part in (
@@ -166,6 +193,7 @@ PARTS = {
         convert,
         write,
         memory,
+        compensation,
         forecast,
     )
 }

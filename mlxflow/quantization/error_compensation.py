@@ -9,24 +9,37 @@ arXiv:2507.18553), so one triangle in fp32, computed in place, is all that is he
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlxflow.device.numpy_blas import single_threaded
 from mlxflow.storage.host_arrays import numpy_of
 
 # Share of the mean diagonal that is added to it: few rows leave directions without inputs. Raised until the matrix has
 # an inverse
 _DAMPING = (0.01, 0.1, 1.0)
 
-# Columns whose errors are collected before all later columns are updated by one product
-_COLUMNS_AT_ONCE = 64
+# Columns whose errors are collected before all others are updated by products, and columns that are updated at a time
+_COLUMNS_AT_ONCE, _UPDATED_AT_ONCE = 256, 256
+
+# Columns that are updated one by one, not by products
+_COLUMNS_ALONE = 16
+
+# Rows that a thread compensates at a time at most, and threads at most: more of them wait for the interpreter. Neither
+# depends on the machine, since a product of another shape may round its sums differently
+_ROWS_AT_ONCE, _MOST_THREADS = 1024, 4
 
 # Columns that are factored at a time, and columns, or rows, of the rest that are updated or copied at a time
 _PANEL, _STRIPE = 256, 1024
 
-# Numbers of a matrix that are compensated at a time; copies are several times as large
+# Rows and columns of a matrix that are transposed at a time
+_TILE = 128
+
+# Numbers of a matrix that are compensated at a time, by all threads; copies are several times as large
 _NUMBERS_AT_ONCE = 1 << 24
 
 #: Rounds positions, weights in units of their scale without bias, to codes.
@@ -58,42 +71,120 @@ class Compensation:
         Returns:
             The weights, (..., D), before rounding.
         """
-        if self._triangle is None:
+        triangle = self._triangle
+        if triangle is None:
             return weight.copy()
         width = weight.shape[-1]
         rows = weight.reshape(-1, width)
         scales, biases = (part.reshape(len(rows), -1) for part in grid)
         result = np.empty_like(rows)
-        step = max(1, _NUMBERS_AT_ONCE // width)
-        for begin in range(0, len(rows), step):
+        step = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (_MOST_THREADS * width)))
+
+        def compensate(begin: int) -> None:
             part = slice(begin, begin + step)
-            columns = self._columnwise(self._triangle, rows[part], scales[part], biases[part], nearest)
-            result[part, self._order] = columns.T
+            columns = _transposed(rows[part])
+            self._compensate(triangle, columns, scales[part], biases[part], nearest)
+            result[part] = _transposed(columns)
+
+        with single_threaded() as count, ThreadPoolExecutor(min(count, _MOST_THREADS)) as threads:
+            for _ in threads.map(compensate, range(0, len(rows), step)):
+                pass  # an error in a thread is raised here
         return result.reshape(weight.shape)
 
-    def _columnwise(
+    def _compensate(
         self,
         triangle: NDArray[np.float32],
-        rows: NDArray[np.float32],
+        stored: NDArray[np.float32],
         scales: NDArray[np.float32],
         biases: NDArray[np.float32],
         nearest: Rounding,
-    ) -> NDArray[np.float32]:
-        """Return the compensated columns, (D, N), in their order, of rows, (N, D), and a grid, (N, D / G)."""
-        order, width = self._order, rows.shape[1]
-        columns = rows.T[order]  # each is consecutive in memory
-        scales = np.where(scales == 0, np.float32(1), scales).T
-        biases, groups = biases.T, order * scales.shape[0] // width
+    ) -> None:
+        """Compensate columns, (D, N), in place, for their rounding to a grid, (N, D / G)."""
+        order, width = self._order, len(stored)
+        columns = stored[order]
+        scales = np.where(scales == 0, np.float32(1), scales).T.copy()
+        biases, groups = biases.T.copy(), order * len(scales) // width
+        products = np.empty((_UPDATED_AT_ONCE, columns.shape[1]), np.float32)
         for end in range(width, 0, -_COLUMNS_AT_ONCE):
             begin = max(0, end - _COLUMNS_AT_ONCE)
-            errors = rows.T[order[begin:end]]  # of the stored numbers, compensated or not
-            for place in range(end - 1, begin - 1, -1):
-                scale, bias = scales[groups[place]], biases[groups[place]]
-                codes = nearest((columns[place] - bias) / scale)
-                errors[place - begin] -= codes * scale + bias
-                columns[begin:place] += np.outer(triangle[place, begin:place], errors[place - begin])
-            columns[:begin] += triangle[begin:end, :begin].T @ errors
-        return columns
+            panel = slice(begin, end)
+            errors = stored[order[panel]]  # of the stored numbers, compensated or not
+            _round_panel(
+                _Panel(triangle[panel, panel], columns[panel], errors, groups[panel]),
+                (scales, biases),
+                nearest,
+                products,
+            )
+            for first in range(0, begin, _UPDATED_AT_ONCE):
+                part = slice(first, min(first + _UPDATED_AT_ONCE, begin))
+                _add_product(columns[part], triangle[panel, part], errors, products)
+        stored[order] = columns
+
+
+class _Panel(NamedTuple):
+    """Columns that are rounded one after the other, the last one first.
+
+    Attributes:
+        triangle: their part of it, (C, C).
+        columns: weights, (C, N); those of later columns are compensated here.
+        errors: weights, (C, N), from which the rounded ones are subtracted.
+        groups: of the columns, (C,).
+    """
+
+    triangle: NDArray[np.float32]
+    columns: NDArray[np.float32]
+    errors: NDArray[np.float32]
+    groups: NDArray[np.intp]
+
+    def part(self, begin: int, end: int) -> "_Panel":
+        """Return some of the columns."""
+        some = slice(begin, end)
+        return _Panel(self.triangle[some, some], self.columns[some], self.errors[some], self.groups[some])
+
+
+def _round_panel(
+    panel: _Panel,
+    grid: tuple[NDArray[np.float32], NDArray[np.float32]],
+    nearest: Rounding,
+    products: NDArray[np.float32],
+) -> None:
+    """Round columns, each compensated for those before it: by products for half of the columns, and so on.
+
+    Args:
+        panel: changed in place.
+        grid: scales and biases, (D / G, N) each.
+        nearest: rounds to the codes of the grid.
+        products: memory for results, at least (C, N).
+    """
+    count = len(panel.columns)
+    if count > _COLUMNS_ALONE:
+        middle = count // 2
+        last = panel.part(middle, count)
+        _round_panel(last, grid, nearest, products)
+        _add_product(panel.columns[:middle], panel.triangle[middle:, :middle], last.errors, products)
+        _round_panel(panel.part(0, middle), grid, nearest, products)
+        return
+    triangle, columns, errors, groups = panel
+    for place in range(count - 1, -1, -1):
+        scale, bias = (part[groups[place]] for part in grid)
+        positions = columns[place] - bias
+        positions /= scale
+        rounded = nearest(positions)
+        rounded *= scale
+        rounded += bias
+        errors[place] -= rounded
+        update = np.multiply(triangle[place, :place, None], errors[place], out=products[:place])
+        columns[:place] += update
+
+
+def _add_product(
+    columns: NDArray[np.float32],
+    triangle: NDArray[np.float32],
+    errors: NDArray[np.float32],
+    products: NDArray[np.float32],
+) -> None:
+    """Add what errors, (C, N), change in other columns, (K, N), by their part of the triangle, (C, K)."""
+    columns += np.matmul(triangle.T, errors, out=products[: len(columns)])
 
 
 class Compensations:
@@ -117,6 +208,16 @@ class Compensations:
                 del self._products[reader]
             self._made |= dict.fromkeys(readers, compensation)
         return self._made.pop(path, None)
+
+
+def _transposed(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the transpose of a matrix, copied; by tiles that fit into a cache, which NumPy's copy is not."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    for row in range(0, matrix.shape[0], _TILE):
+        for column in range(0, matrix.shape[1], _TILE):
+            tile = matrix[row : row + _TILE, column : column + _TILE]
+            result[column : column + _TILE, row : row + _TILE] = tile.T
+    return result
 
 
 def _unit_triangle(inputs: NDArray[np.float32], order: NDArray[np.intp]) -> NDArray[np.float32] | None:

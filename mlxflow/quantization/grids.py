@@ -5,6 +5,7 @@ biases are zero.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -66,13 +67,21 @@ def pack_on(weight: mx.array, setting: Setting, grid: mx.array) -> Packed:
 
 
 def nearest(setting: Setting) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Return a function of positions, weights in units of their scale without bias, that rounds them to codes."""
+    """Return a function of positions, weights in units of their scale without bias, that rounds them to codes.
+
+    Its results are arrays of their own.
+    """
     if not is_float(setting):
-        last = np.float32(2**setting.bits - 1)
-        return lambda positions: np.clip(np.rint(positions), np.float32(0), last)
+        return partial(_nearest_whole, last=np.float32(2**setting.bits - 1))
     values = float_grid.elements(setting.mode)
     middles = (values[1:] + values[:-1]) / 2
     return lambda positions: values[np.searchsorted(middles, positions)]
+
+
+def _nearest_whole(positions: NDArray[np.float32], *, last: np.float32) -> NDArray[np.float32]:
+    codes = np.rint(positions)
+    np.maximum(codes, np.float32(0), out=codes)
+    return np.minimum(codes, last, out=codes)
 
 
 def codes_of(packed: Packed, setting: Setting) -> mx.array:

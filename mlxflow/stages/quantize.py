@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 14  # 16-bit models are computed in fp32 on a CPU
+VERSION = 15  # sums of the compensation of rounding errors are taken in another order
 
 LATER_KEYS = {"num_epochs": "auto"}
 

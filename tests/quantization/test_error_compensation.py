@@ -1,7 +1,12 @@
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxflow.device.numpy_blas import single_threaded
 from mlxflow.quantization import error_compensation
 from mlxflow.quantization.affine_grid import round_on
 from mlxflow.quantization.codec import mlx_grid, round_trip
@@ -61,8 +66,43 @@ def test_parts_of_the_rows_are_compensated_alike(monkeypatch: pytest.MonkeyPatch
     grid = np.array(mlx_grid(mx.array(weight), Setting("affine", 3, 32)))
     compensation = Compensation(inputs.T @ inputs)
     whole = compensation.applied(weight, grid, nearest=_nearest(3))
-    monkeypatch.setattr(error_compensation, "_NUMBERS_AT_ONCE", 128 * 40)
+    monkeypatch.setattr(error_compensation, "_NUMBERS_AT_ONCE", 128 * 40)  # parts of 10 rows
     assert np.allclose(compensation.applied(weight, grid, nearest=_nearest(3)), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_the_number_of_threads_changes_no_bit(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = _case(320)  # two panels
+    grid = np.array(mlx_grid(mx.array(weight), Setting("affine", 3, 32)))
+    compensation = Compensation(inputs.T @ inputs)
+    monkeypatch.setattr(error_compensation, "_ROWS_AT_ONCE", 20)
+    whole = compensation.applied(weight, grid, nearest=_nearest(3))
+    used = set()
+
+    def nearest_in_thread(positions: np.ndarray) -> np.ndarray:
+        used.add(threading.get_ident())
+        rounded: np.ndarray = _nearest(3)(positions)
+        return rounded
+
+    @contextmanager
+    def with_threads() -> Iterator[int]:
+        with single_threaded():
+            yield count
+
+    monkeypatch.setattr(error_compensation, "single_threaded", with_threads)
+    assert np.array_equal(compensation.applied(weight, grid, nearest=nearest_in_thread), whole)
+    assert 1 <= len(used) <= min(count, 4)
+
+
+def _failing(positions: np.ndarray) -> np.ndarray:
+    raise ZeroDivisionError
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    weight, inputs = _case()
+    grid = np.array(mlx_grid(mx.array(weight), Setting("affine", 3, 32)))
+    with pytest.raises(ZeroDivisionError):
+        Compensation(inputs.T @ inputs).applied(weight, grid, nearest=_failing)
 
 
 def _as_published(weight: np.ndarray, grid: np.ndarray, inputs: np.ndarray, bits: int) -> np.ndarray:
@@ -83,6 +123,10 @@ def _as_published(weight: np.ndarray, grid: np.ndarray, inputs: np.ndarray, bits
 
 @pytest.mark.parametrize("num_inputs", [5, 1000])
 def test_the_triangle_gives_the_weights_of_the_inverse(num_inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_compensation, "_COLUMNS_AT_ONCE", 48)
+    monkeypatch.setattr(error_compensation, "_UPDATED_AT_ONCE", 56)
+    monkeypatch.setattr(error_compensation, "_COLUMNS_ALONE", 5)
+    monkeypatch.setattr(error_compensation, "_TILE", 30)
     monkeypatch.setattr(error_compensation, "_PANEL", 24)
     monkeypatch.setattr(error_compensation, "_STRIPE", 40)
     weight, inputs = _case()
