@@ -14,11 +14,12 @@ def table_of(lines: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of a Markdown table: one for each model, width and method, its seeds averaged.
 
     The increase is compared with the least of mlx-lm's methods at the same width, that of a budget with the uniform
-    plan of the same size.
+    plan of the same size. The part of rounding's cost that a method recovers is given for the increase of perplexity
+    and for that of its logarithm.
     """
     yield (
         "| model | width | method | bits a weight | perplexity | increase | of the best of mlx-lm, or of uniform "
-        "| KL to dense | RTN's cost recovered | seconds | resident GB |"
+        "| KL to dense | RTN's cost recovered: perplexity, nats | seconds | GB: MLX, resident |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
@@ -32,12 +33,14 @@ def table_of(lines: list[dict[str, Any]]) -> Iterator[str]:
         for name, some in methods.items():
             perplexity, error = _mean(some, "perplexity"), _mean(some, "perplexity_standard_error")
             recovered = 1 - _mean(some, "nats_lost") / rounded if rounded else math.nan
+            of_perplexity = 1 - increases[name] / increases["rtn"] if increases.get("rtn") else math.nan
             yield (
                 f"| {model} | {size} | {name} | {_mean(some, 'bits_per_weight'):.2f} "
                 f"| {perplexity:,.2f} ± {error:.2f}{_over_seeds(some)} "
                 f"| {increases[name]:.1%} | {_shown(increases[name] / best if best else math.nan, '.2f')} "
-                f"| {_mean(some, 'kl'):.3f} ± {_mean(some, 'kl_standard_error'):.3f} | {_shown(recovered, '.0%')} "
-                f"| {_mean(some, 'seconds'):,.0f} | {_mean(some, 'peak_rss_bytes') / 1e9:.2f} |"
+                f"| {_mean(some, 'kl'):.3f} ± {_mean(some, 'kl_standard_error'):.3f} "
+                f"| {_both(of_perplexity, recovered, '.0%')} | {_mean(some, 'seconds'):,.0f} "
+                f"| {_mean(some, 'peak_memory_bytes') / 1e9:.2f}, {_mean(some, 'peak_rss_bytes') / 1e9:.2f} |"
             )
 
 
@@ -50,6 +53,10 @@ def texts_of(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 def _shown(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
+
+
+def _both(first: float, second: float, form: str) -> str:
+    return ", ".join(filter(None, (_shown(value, form) for value in (first, second))))
 
 
 def _increase(lines: list[dict[str, Any]]) -> float:

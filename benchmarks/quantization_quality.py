@@ -77,7 +77,7 @@ def recovery(folder: str, bases: str = "4", orders: str = "2") -> None:
 
 def learned(folder: str) -> None:
     """Compare perplexities of rounding and of mlx-lm's methods on the dense model."""
-    from mlxflow.quantization import calibrated
+    from mlxflow.quantization import calibrated, dwq
 
     job = Job(folder)
     tokens = job.calibration
@@ -95,7 +95,7 @@ def learned(folder: str) -> None:
             made = calibrated.awq(model, plan, rows, search_steps=20, folder=Path(scaled), key="quantize")
             perplexities["awq"] = job.perplexity_of(model, made, plan)
         model = job.model()
-        made = calibrated.dwq(job.model, plan, tokens, batch_size=4, learning_rate=1e-4, seed=0, key="quantize")
+        made = dwq.train_scales(job.model, plan, tokens, batch_size=4, learning_rate=1e-4, seed=0, name="dwq")
         perplexities["dwq"] = job.perplexity_of(model, made, plan)
         print_row(f"affine {bits}, of the dense model", **perplexities)
 

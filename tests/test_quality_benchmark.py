@@ -41,6 +41,7 @@ def test_the_table_compares_with_the_best_of_mlx_lm() -> None:
     common = {
         "model": "m", "size": "w4g64", "nats_lost": 0.1, "bits_per_weight": 4.5, "perplexity_standard_error": 0.1,
         "dense_perplexity": 10.0, "kl": 0.1, "kl_standard_error": 0.01, "seconds": 60.0, "peak_rss_bytes": 1e9,
+        "peak_memory_bytes": 5e8,
     }  # fmt: skip
     lines = [
         {**common, "method": method, "perplexity": perplexity}

@@ -10,28 +10,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.messages.errors import CallError
-from mlxflow.models.fp32_on_cpu import loading_in_fp32_on_cpu, widen
+from mlxflow.quantization import dwq
 from mlxflow.quantization.codec import Packed, narrowed, pack
 from mlxflow.quantization.gptq import compensated_layers
-from mlxflow.quantization.mlx_lm_patches import (
-    dense_products,
-    numpy_random_kept,
-    packed_layer,
-    packed_layers,
-    quiet,
-    recomputing_blocks,
-)
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.settings import GPTQ_BITS, Setting
 from mlxflow.quantization.stored_codes import CodesOnDisk
-from mlxflow.storage.host_arrays import numpy_of
 
 #: Rows in a forward pass of the methods.
 BATCH_SIZE = 4
@@ -62,7 +51,7 @@ def require_learnable(method: str, model: nn.Module, plan: Mapping[str, Setting]
     if method == "gptq":
         _check_gptq(model, plan, name)
     if method == "dwq":
-        _check_trainable(plan, name)
+        dwq.require_trainable(plan, name)
 
 
 def learn(
@@ -98,7 +87,9 @@ def learn(
         packed = awq(model, plan, tokens[:, :-1], search_steps=_AWQ_STEPS, folder=folder, key=key)
     else:
         rate = _DWQ_LEARNING_RATE
-        packed = dwq(load, plan, tokens, batch_size=BATCH_SIZE, learning_rate=rate, seed=seed, key=key)
+        packed = dwq.train_scales(
+            load, plan, tokens, batch_size=BATCH_SIZE, learning_rate=rate, seed=seed, name=_named("dwq", key)
+        )
     return {path: narrowed(packed.pop(path), plan[path]) for path in list(packed)}
 
 
@@ -223,74 +214,6 @@ def _read(block: nn.Module, file: Path) -> None:
     block.update(tree_unflatten(list(unread.items())))
 
 
-def dwq(
-    load: Callable[[], nn.Module],
-    plan: Mapping[str, Setting],
-    tokens: mx.array,
-    *,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    key: str,
-) -> dict[str, Packed]:
-    """Return layers whose scales and biases are trained to reproduce the dense model's logits (DWQ).
-
-    Affine layers with less than 8 bits are trained for one pass over the rows; the others are rounded. The quantized
-    model is in memory as a whole, the activations of a block at a time; of the dense model, a block at a time is.
-
-    Args:
-        load: returns the dense model in eval mode, with lazy weights of its own.
-        plan: module path to setting.
-        tokens: (R, L + 1) ids to calibrate on; R at least twice the batch size; the last batch is for validation.
-        batch_size: rows in a step.
-        learning_rate: of Adam.
-        seed: of the order of the rows.
-        key: of the table with the settings, for messages.
-
-    Raises:
-        CallError: mlx-lm's function does not support the plan, or there are too few rows.
-    """
-    from mlx_lm.quant.dwq import dwq_quantize
-
-    name = _named("dwq", key)
-    teacher = StreamedModel(loading_in_fp32_on_cpu(load))
-    require_learnable("dwq", teacher.model, plan, key=key)
-    if len(tokens) < 2 * batch_size:
-        raise CallError(
-            f"{name}: needs {2 * batch_size} calibration rows, two batches, and has {len(tokens)}. "
-            "Raise calibration_rows."
-        )
-    student = load()
-    dtype = next(layer.weight.dtype for path, layer in quantizable_layers(student).items() if path in plan)
-    student = _rounded(student, plan)
-    widen(student, at_any_size=True, keeps=plan.keys())
-    rows = [(row, 0) for row in numpy_of(tokens).tolist()]
-    with numpy_random_kept(), dense_products(student), recomputing_blocks(student), quiet():
-        dwq_quantize(
-            student,
-            lambda batch, _, split: teacher.logits(batch),
-            optim.Adam(learning_rate=learning_rate, bias_correction=True),
-            rows[:-batch_size],
-            rows[-batch_size:],
-            batch_size=batch_size,
-            max_seq_length=tokens.shape[1],
-            seed=seed,
-            dtype=dtype,
-        )
-    return packed_layers(student, plan)
-
-
-def _rounded(model: nn.Module, plan: Mapping[str, Setting]) -> nn.Module:
-    """Return a model, frozen, with the layers of a plan rounded one after the other."""
-    layers = quantizable_layers(model)
-    for path, setting in plan.items():
-        layer = packed_layer(layers.pop(path), setting)
-        mx.eval(layer.parameters())
-        model.update_modules(tree_unflatten([(path, layer)]))
-    model.freeze()
-    return model
-
-
 def choose_rows(marks: Any, *, count: int, seed: int) -> Any:
     """Return the numbers of randomly chosen rows to calibrate on, rows without padding first.
 
@@ -325,17 +248,6 @@ def _check_gptq(model: nn.Module, plan: Mapping[str, Setting], name: str) -> Non
             raise CallError(
                 f"{name}: mlx-lm's GPTQ has 2, 4 and 8 bits, and {path} has {plan[path].bits}. Use one of them."
             )
-
-
-def _check_trainable(plan: Mapping[str, Setting], name: str) -> None:
-    for path, setting in plan.items():
-        if setting.mode == "symmetric" and setting.bits < 8:
-            raise CallError(
-                f"{name}: trains scales and biases apart, which moves the fixed zero point of {path}. "
-                'Set mode = "affine", or use method = "qat".'
-            )
-    if not any(setting.mode == "affine" and setting.bits < 8 for setting in plan.values()):
-        raise CallError(f"{name}: trains affine layers under 8 bits, and the plan has none. Use fewer bits.")
 
 
 def _named(method: str, key: str) -> str:

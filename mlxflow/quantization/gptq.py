@@ -18,7 +18,14 @@ from mlxflow.models.fp32_on_cpu import widen, widened
 from mlxflow.quantization.block_calls import RecordedPass, after_blocks, find_blocks
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.layer_inputs import remove_weights
-from mlxflow.quantization.mlx_lm_patches import NOT_DEFINITE, checked_factors, following, packed_layers, quiet
+from mlxflow.quantization.mlx_lm_patches import (
+    NOT_DEFINITE,
+    checked_factors,
+    following,
+    packed_layers,
+    precise_hessians,
+    quiet,
+)
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import GPTQ_BITS, Setting
 
@@ -148,7 +155,7 @@ def _learned(
     packed: dict[str, Packed] = {}
     for setting, paths in learned_by_setting(model, plan).items():
         own = dict.fromkeys(paths, setting)
-        with following(model, own, free=set(paths), hides=True), checked_factors(), quiet():
+        with following(model, own, free=set(paths), hides=True), checked_factors(), precise_hessians(), quiet():
             try:
                 bits, group_size = setting.bits, setting.group_size
                 gptq_quantize(model, rows, bits, group_size, bits, group_size, batch_size)

@@ -168,6 +168,29 @@ def checked_factors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def precise_hessians() -> Iterator[None]:
+    """Let mlx-lm's GPTQ compute its Hessians in fp32.
+
+    It rounds those of each batch to the dtype of the hidden states: sums in fp16 overflow above 65,504, and in bf16
+    they keep 8 bits.
+    """
+    from mlx_lm.quant import gptq
+
+    class Catcher(gptq.Catcher):  # type: ignore[misc]
+        H: mx.array
+
+        def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+            products = self.H
+            outputs: mx.array = super().__call__(x, *args, **kwargs)
+            inputs = x.flatten(0, -2).astype(mx.float32)
+            self.H = products + inputs.T @ inputs  # theirs is lazy, and never computed
+            return outputs
+
+    with patching.attributes((gptq, "Catcher", Catcher), by=__name__):
+        yield
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppress mlx-lm's output, except its progress bars on a terminal."""
     with contextlib.ExitStack() as stack:

@@ -3,6 +3,7 @@ import math
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from benchmarks.architecture_configs import config_of
@@ -37,6 +38,33 @@ def test_gptq_by_blocks_gives_the_codes_of_the_whole_model_at_once(
     for path, codes in whole.items():
         for own, part in codes._asdict().items():
             assert mx.array_equal(getattr(by_blocks[path], own), part), f"{path}.{own}"
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_hessians_of_16_bits_are_computed_in_fp32(dtype: mx.Dtype) -> None:
+    from mlx_lm.quant import gptq as theirs
+
+    rows = (mx.random.normal((2, 8, 4), key=mx.random.key(0)) * 300).astype(dtype)  # squares add up to over 65,504
+    with mlx_lm_patches.precise_hessians():
+        catcher = theirs.Catcher(nn.Linear(4, 4))
+        for _ in range(3):
+            catcher(rows)
+    exact = np.array(rows.astype(mx.float32), np.float64).reshape(-1, 4)
+    expected = 3 * exact.T @ exact
+    # 16 products and three sums in fp32, errors relative to the sums of absolute values
+    bound = 19 * 2.0**-24 * (3 * np.abs(exact).T @ np.abs(exact))
+    assert (np.abs(np.array(catcher.H) - expected) <= bound).all()
+
+
+def test_fp16_models_with_large_inputs_are_learned() -> None:
+    model = model_folder.build(config_of("llama"), seed=0)
+    model.eval()
+    for layer in model.layers:
+        layer.post_attention_layernorm.weight = layer.post_attention_layernorm.weight * 300
+    model.set_dtype(mx.float16)
+    (codes,) = _learn(model, {"model.layers.0.mlp.up_proj": Setting("affine", 4, 32)}).values()
+    assert codes.scales.dtype == mx.float16
+    assert mx.isfinite(codes.scales).all()
 
 
 def test_rows_that_do_not_determine_a_hessian_are_named() -> None:
