@@ -45,6 +45,7 @@ def scale_and_clip(
     search_steps: int,
     folder: Path,
     watch: Callable[[str], None],
+    is_known: Callable[[str], bool] = lambda block: False,
 ) -> None:
     """Scale and clip the weights of a model's blocks, so that rounding them afterwards loses less of their outputs.
 
@@ -56,6 +57,7 @@ def scale_and_clip(
         search_steps: number of scales and limits to try for each group of layers.
         folder: for the inputs of a block and its modules; removed with all that lies in it.
         watch: called with the path of each finished block.
+        is_known: takes the path of a block; sets the weights that an interrupted run found for it, if there are any.
     """
     modules = dict(model.named_modules())
     recipes: dict[Any, list[Group]] = {}
@@ -63,7 +65,10 @@ def scale_and_clip(
         block = modules[prefix]
         settings = {path: plan[f"{prefix}.{path}"] for path in weighted(block) if f"{prefix}.{path}" in plan}
         if settings and inputs:
-            _BlockScaling(block, settings, inputs, folder).learn(recipes, search_steps)
+            scaling = _BlockScaling(block, settings, inputs, folder)
+            groups = scaling.groups(recipes)
+            if not is_known(prefix):
+                scaling.learn(groups, search_steps)
         watch(prefix)
 
 
@@ -143,23 +148,31 @@ class _BlockScaling:
         mx.eval(outputs)
         return outputs
 
-    def learn(self, recipes: dict[Any, list[Group]], search_steps: int) -> None:
-        """Scale and clip the block; undo it if the quantization error is not reduced.
+    def groups(self, recipes: dict[Any, list[Group]]) -> list[Group]:
+        """Return the groups of the block's layers, found for the first block of its kind.
 
         Args:
-            recipes: groups of layers by kind of block; updated.
-            search_steps: number of scales and limits to try.
+            recipes: groups by kind of block; updated.
         """
         alike = tuple((path, type(one), one.weight.shape) for path, one in weighted(self._block).items())
         if alike not in recipes:
             run = partial(self.run, 0)
             recipes[alike] = find_groups(self._block, run, noted(self._block, run))
             mx.clear_cache()
+        return recipes[alike]
+
+    def learn(self, groups: Sequence[Group], search_steps: int) -> None:
+        """Scale and clip the block; undo it if the quantization error is not reduced.
+
+        Args:
+            groups: of its layers.
+            search_steps: number of scales and limits to try.
+        """
         dense, reference = self._block.parameters(), self._stored_outputs(self.run, "outputs")
         unscaled = dict.fromkeys(self._settings, 1.0)
         before = self._lost(self.run, reference, unscaled)
-        x, runs = self._noted_inputs(recipes[alike])
-        for group in recipes[alike]:
+        x, runs = self._noted_inputs(groups)
+        for group in groups:
             rounded = [path for path in group.layers if path in self._settings]
             if rounded:
                 scales = self._best_scales(rounded, x[group.layers[0]].sizes, runs[group], search_steps)

@@ -17,10 +17,13 @@ from mlxflow.messages.errors import CallError
 from mlxflow.quantization import dwq
 from mlxflow.quantization.codec import Packed, narrowed, pack
 from mlxflow.quantization.gptq import compensated_layers
+from mlxflow.quantization.kept_tensors import unread
+from mlxflow.quantization.learned_codes import BlockStore, LearningFiles, blocks_folder
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.settings import GPTQ_BITS, Setting
 from mlxflow.quantization.stored_codes import CodesOnDisk
+from mlxflow.quantization.tuning_saves import TuningSaves
 
 #: Rows in a forward pass of the methods.
 BATCH_SIZE = 4
@@ -29,8 +32,6 @@ BATCH_SIZE = 4
 _AWQ_STEPS = 20
 
 _DWQ_LEARNING_RATE = 1e-5
-
-_MORE_ROWS = "Calibrate on more rows (calibration_rows)."
 
 
 def require_learnable(method: str, model: nn.Module, plan: Mapping[str, Setting], *, key: str) -> None:
@@ -61,7 +62,7 @@ def learn(
     plan: Mapping[str, Setting],
     tokens: mx.array,
     *,
-    folder: Path,
+    files: LearningFiles,
     seed: int,
     key: str,
 ) -> dict[str, Packed]:
@@ -73,7 +74,7 @@ def learn(
         load: returns the same model with weights of its own; see the functions of the other methods.
         plan: module path to setting.
         tokens: (R, L + 1) ids to calibrate on.
-        folder: for codes, and the changed weights of "awq".
+        files: for codes, the changed weights of "awq", and the state of "dwq".
         seed: of the order of the rows.
         key: of the table with the settings, for messages.
 
@@ -82,13 +83,16 @@ def learn(
     """
     mx.eval(tokens)
     if method == "gptq":
-        packed = gptq(load, plan, tokens[:, :-1], batch_size=BATCH_SIZE, folder=folder, key=key)
+        packed = gptq(load, plan, tokens[:, :-1], batch_size=BATCH_SIZE, key=key, **files._asdict())
     elif method == "awq":
-        packed = awq(model, plan, tokens[:, :-1], search_steps=_AWQ_STEPS, folder=folder, key=key)
+        packed = awq(model, plan, tokens[:, :-1], search_steps=_AWQ_STEPS, key=key, **files._asdict())
     else:
+        total = max(0, len(tokens) - BATCH_SIZE) // BATCH_SIZE
+        saves = TuningSaves(files.folder, files.identity, task=key, total=total)
         rate = _DWQ_LEARNING_RATE
+        name = _named("dwq", key)
         packed = dwq.train_scales(
-            load, plan, tokens, batch_size=BATCH_SIZE, learning_rate=rate, seed=seed, name=_named("dwq", key)
+            load, plan, tokens, batch_size=BATCH_SIZE, learning_rate=rate, seed=seed, name=name, saves=saves
         )
     return {path: narrowed(packed.pop(path), plan[path]) for path in list(packed)}
 
@@ -101,6 +105,7 @@ def gptq(
     batch_size: int,
     folder: Path,
     key: str,
+    identity: str = "",
 ) -> dict[str, Packed]:
     """Return layers whose codes compensate each other's errors (GPTQ; Frantar et al. 2022, arXiv:2210.17323).
 
@@ -112,8 +117,9 @@ def gptq(
         plan: module path to setting; layers that are not in it stay dense.
         tokens: (R, L) ids to calibrate on.
         batch_size: rows in a forward pass.
-        folder: for the codes, which are read when they are used.
+        folder: for the codes, which are read when they are used; blocks of an interrupted run are taken.
         key: of the table with the settings, for messages.
+        identity: of everything that the codes depend on.
 
     Raises:
         CallError: mlx-lm's function does not support the plan, cannot invert the Hessian of a layer, or returns codes
@@ -121,13 +127,8 @@ def gptq(
     """
     name = _named("gptq", key)
     require_learnable("gptq", load(), plan, key=key)
-    stored = CodesOnDisk(folder)
-
-    def keep(codes: dict[str, Packed]) -> dict[str, Packed]:
-        _require_finite(codes, name)
-        return stored.kept(codes)
-
-    packed = compensated_layers(load, plan, tokens, batch_size=batch_size, keep=keep, name=name)
+    blocks, stored = BlockStore(folder, identity), CodesOnDisk(folder)
+    packed = compensated_layers(load, plan, tokens, batch_size=batch_size, store=blocks, name=name)
     layers = quantizable_layers(load())
     for path, setting in plan.items():
         if path not in packed:
@@ -143,6 +144,7 @@ def awq(
     search_steps: int,
     folder: Path,
     key: str,
+    identity: str = "",
 ) -> dict[str, Packed]:
     """Return layers after activation-aware scaling and clipping (AWQ; Lin et al. 2023, arXiv:2306.00978).
 
@@ -154,8 +156,10 @@ def awq(
         plan: module path to setting; layers that are not in it stay dense.
         tokens: (R, L) ids to calibrate on; the hidden states of one block on all of them are held in memory.
         search_steps: number of scales to try for each group of layers.
-        folder: for codes and weights, which are read when they are used, and for the inputs of one block.
+        folder: for codes and weights, which are read when they are used, and for the inputs of one block; blocks of an
+            interrupted run are taken.
         key: of the table with the settings, for messages.
+        identity: of everything that codes and weights depend on.
 
     Raises:
         CallError: the plan has no layer of the blocks.
@@ -163,17 +167,27 @@ def awq(
     from mlxflow.quantization.awq import scale_and_clip
 
     require_learnable("awq", model, plan, key=key)
-    modules, stored = dict(model.named_modules()), CodesOnDisk(folder)
+    modules, scaled, stored = dict(model.named_modules()), BlockStore(folder, identity), CodesOnDisk(folder)
     packed: dict[str, Packed] = {}
+    known: set[str] = set()
     with show_layers(key, len(model.layers)) as watch:
 
         def finished(block: str) -> None:
             own = [path for path in plan if path.startswith(f"{block}.")]
             packed.update(stored.kept({path: pack(modules[path].weight, plan[path]) for path in own}))
-            _store(modules[block], _scaled_file(folder, block))
+            if block not in known:
+                _update(modules[block], scaled.keep(block, dict(tree_flatten(modules[block].parameters()))))
+            mx.clear_cache()
             watch(block)
 
-        scale_and_clip(model, plan, tokens, search_steps=search_steps, folder=folder / "inputs", watch=finished)
+        def is_known(block: str) -> bool:
+            if (tensors := scaled.tensors(block)) is not None:
+                known.add(block)
+                _update(modules[block], tensors)
+            return block in known
+
+        inputs = folder / "inputs"
+        scale_and_clip(model, plan, tokens, search_steps=search_steps, folder=inputs, is_known=is_known, watch=finished)
     for path in (path for path in plan if path not in packed):
         packed |= stored.kept({path: pack(modules[path].weight, plan[path])})
     return packed
@@ -190,28 +204,15 @@ def scaled_model(load: Callable[[], nn.Module], folder: Path) -> Callable[[], nn
     def loaded() -> nn.Module:
         model = load()
         for path, block in model.named_modules():
-            if (file := _scaled_file(folder, path)).is_file():
-                _read(block, file)
+            if tensors := unread(blocks_folder(folder), path):
+                _update(block, tensors)
         return model
 
     return loaded
 
 
-def _scaled_file(folder: Path, block: str) -> Path:
-    return folder / f"scaled-{block}.safetensors"
-
-
-def _store(block: nn.Module, file: Path) -> None:
-    """Write the weights of a block into a file, from which they are read when they are used."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(file), dict(tree_flatten(block.parameters())))
-    _read(block, file)
-    mx.clear_cache()
-
-
-def _read(block: nn.Module, file: Path) -> None:
-    unread: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
-    block.update(tree_unflatten(list(unread.items())))
+def _update(block: nn.Module, tensors: Mapping[str, mx.array]) -> None:
+    block.update(tree_unflatten(list(tensors.items())))
 
 
 def choose_rows(marks: Any, *, count: int, seed: int) -> Any:
@@ -252,9 +253,3 @@ def _check_gptq(model: nn.Module, plan: Mapping[str, Setting], name: str) -> Non
 
 def _named(method: str, key: str) -> str:
     return f'{key}.method = "{method}"'
-
-
-def _require_finite(packed: Mapping[str, Packed], name: str) -> None:
-    for path, parts in packed.items():
-        if not all(mx.isfinite(part).all().item() for part in (parts.scales, parts.biases) if part is not None):
-            raise CallError(f"{name}: {path} has scales or biases that are not finite. {_MORE_ROWS}")

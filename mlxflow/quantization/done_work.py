@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxflow.quantization.hidden_streams import count_finished
-from mlxflow.quantization.learned_codes import has_learned
+from mlxflow.quantization.learned_codes import blocks_kept, has_learned
 from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.tuning_saves import tuning_progress
 from mlxflow.training.checkpoints import last_step
 
 #: The beginning of the names of folders in which a budget learns uniform plans.
@@ -50,14 +51,27 @@ def _of_method(request: QuantizationRequest, folder: Path, num_blocks: int) -> D
         return _trained(request.training.settings.num_steps, last_step(folder))
     if has_learned(folder):
         return DoneWork(1.0, request.scale_steps, description="the layers are learned")
-    if request.method == "block" and (share := _learned(folder, num_blocks)):
+    steps, total = tuning_progress(folder)
+    if request.method == "block" and request.scale_steps and steps:
+        return DoneWork(1.0, steps, description=f"{steps:,} of {request.scale_steps:,} scale_steps are done")
+    if request.method == "dwq":
+        return DoneWork(_share_of_steps(folder), description=f"{steps:,} of {total:,} steps are done" if steps else "")
+    if request.method in ("block", "gptq", "awq") and (share := _learned(folder, num_blocks)):
         return DoneWork(share, description=f"{round(share * num_blocks):,} of {num_blocks:,} blocks are done")
     return DoneWork()
 
 
+def _share_of_steps(folder: Path) -> float:
+    done, total = tuning_progress(folder)
+    return done / total if total else 0.0
+
+
 def _learned(folder: Path, num_blocks: int) -> float:
-    """Return the share of the blocks of a plan that are learned."""
-    return 1.0 if has_learned(folder) else min(count_finished(folder), num_blocks) / num_blocks
+    """Return the share of a plan that is learned."""
+    if has_learned(folder):
+        return 1.0
+    finished = count_finished(folder) + len(blocks_kept(folder))
+    return max(min(finished, num_blocks) / num_blocks, _share_of_steps(folder))
 
 
 def _trained(num_steps: int, done: int) -> DoneWork:

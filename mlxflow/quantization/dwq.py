@@ -1,10 +1,10 @@
 """DWQ by mlx-lm's function: scales and biases are trained to reproduce the dense model's logits."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
 from mlxflow.evaluation.streamed_model import StreamedModel
@@ -21,7 +21,9 @@ from mlxflow.quantization.mlx_lm_patches import (
     recomputing_blocks,
 )
 from mlxflow.quantization.plan import quantizable_layers
+from mlxflow.quantization.resumable_dwq import train
 from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.tuning_saves import TuningSaves, unsaved
 from mlxflow.storage.host_arrays import numpy_of
 
 
@@ -54,6 +56,7 @@ def train_scales(
     learning_rate: float,
     seed: int,
     name: str,
+    saves: TuningSaves | None = None,
 ) -> dict[str, Packed]:
     """Return layers whose scales and biases are trained to reproduce the dense model's logits (DWQ).
 
@@ -70,6 +73,7 @@ def train_scales(
         learning_rate: of Adam.
         seed: of the order of the rows.
         name: of the setting, for messages.
+        saves: of the state; the training continues from that of an interrupted run. None to save nothing.
 
     Raises:
         CallError: mlx-lm's function does not support the plan, or there are too few rows.
@@ -83,17 +87,16 @@ def train_scales(
     dtype = next(layer.weight.dtype for path, layer in quantizable_layers(student).items() if path in plan)
     student = _rounded(student, plan)
     rounded = packed_layers(student, plan)
-    is_fp16 = dtype == mx.float16
-    if is_fp16:
+    trained_in = mx.float32 if dtype == mx.float16 else dtype
+    if trained_in != dtype:
         student.set_dtype(mx.float32)
     else:
         widen(student, at_any_size=True, keeps=plan.keys())
     held_out = tokens[-batch_size:, :-1]
     with dense_products(student), recomputing_blocks(student):
         before = _divergence(student, teacher, held_out)
-        adam = optim.Adam(learning_rate=learning_rate, bias_correction=True)
-        trained_in = mx.float32 if is_fp16 else dtype
-        _train(student, teacher, tokens, adam, batch_size=batch_size, seed=seed, dtype=trained_in)
+        sizes = {"batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+        _train(student, teacher, tokens, sizes, dtype=trained_in, saves=saves or unsaved())
         after = _divergence(student, teacher, held_out)
     if not after <= before:
         terminal.say(
@@ -101,7 +104,7 @@ def train_scales(
             f"nearest by {before:.4g}; rounding is taken. Calibrate on more rows (calibration_rows)."
         )
         return rounded
-    if is_fp16:
+    if trained_in != dtype:
         student.set_dtype(dtype)
     return packed_layers(student, plan)
 
@@ -110,32 +113,21 @@ def _train(
     student: nn.Module,
     teacher: StreamedModel,
     tokens: mx.array,
-    optimizer: optim.Optimizer,
+    settings: Mapping[str, Any],
     *,
-    batch_size: int,
-    seed: int,
     dtype: mx.Dtype,
+    saves: TuningSaves,
 ) -> None:
-    """Train the scales of the student in a dtype by mlx-lm's function; see `train_scales`."""
-    from mlx_lm.quant.dwq import dwq_quantize
-
-    def targets(batch: mx.array, _: int, split: str) -> mx.array:
-        logits = teacher.logits(batch)
-        return logits.astype(mx.float32) if dtype == mx.float32 else logits
-
+    """Train the scales of the student in a dtype; the settings are those of `resumable_dwq.train`."""
     rows = [(row, 0) for row in numpy_of(tokens).tolist()]
     with numpy_random_kept(), quiet():
-        dwq_quantize(
-            student,
-            targets,
-            optimizer,
-            rows[:-batch_size],
-            rows[-batch_size:],
-            batch_size=batch_size,
-            max_seq_length=tokens.shape[1],
-            seed=seed,
-            dtype=dtype,
-        )
+        train(student, lambda batch: _logits(teacher, batch, dtype), rows, dtype=dtype, saves=saves, **settings)
+
+
+def _logits(teacher: StreamedModel, batch: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return the dense model's logits, in fp32 if the student is trained in it."""
+    logits = teacher.logits(batch)
+    return logits.astype(mx.float32) if dtype == mx.float32 else logits
 
 
 def _divergence(student: nn.Module, teacher: StreamedModel, tokens: mx.array) -> float:

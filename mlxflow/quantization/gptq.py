@@ -18,6 +18,7 @@ from mlxflow.models.fp32_on_cpu import widen, widened
 from mlxflow.quantization.block_calls import RecordedPass, after_blocks, find_blocks
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.layer_inputs import remove_weights
+from mlxflow.quantization.learned_codes import OUTSIDE, WHOLE, BlockStore
 from mlxflow.quantization.mlx_lm_patches import (
     NOT_DEFINITE,
     checked_factors,
@@ -29,6 +30,8 @@ from mlxflow.quantization.mlx_lm_patches import (
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import GPTQ_BITS, Setting
 
+_MORE_ROWS = "Calibrate on more rows (calibration_rows)."
+
 
 def compensated_layers(
     load: Callable[[], nn.Module],
@@ -36,7 +39,7 @@ def compensated_layers(
     tokens: mx.array,
     *,
     batch_size: int,
-    keep: Callable[[dict[str, Packed]], dict[str, Packed]],
+    store: BlockStore,
     name: str,
 ) -> dict[str, Packed]:
     """Return the layers of a plan that GPTQ learns.
@@ -49,17 +52,32 @@ def compensated_layers(
         plan: module path to setting.
         tokens: (R, L) ids to calibrate on.
         batch_size: rows in a forward pass.
-        keep: takes the layers of a block, and returns them as they are to be held until the end.
+        store: of the codes; those of a block that an interrupted run learned are taken.
         name: of the setting, for messages.
 
     Raises:
-        CallError: the Hessian of a layer has no inverse.
+        CallError: the Hessian of a layer has no inverse, or codes are not finite.
     """
+
+    def learn(
+        block: str,
+        model: nn.Module,
+        plan: Mapping[str, Setting],
+        rows: mx.array | _HiddenBatches,
+        whole: Callable[[str], str] = str,
+    ) -> dict[str, Packed]:
+        if (known := store.codes(block)) is not None:
+            return known
+        parts = _learned(model, plan, rows, batch_size=batch_size, name=name)
+        learned = {whole(path): codes for path, codes in parts.items()}
+        _require_finite(learned, name)
+        return store.keep_codes(block, learned)
+
     model = load()
     recorded = find_blocks(model, context_length=tokens.shape[1])
     if isinstance(recorded, str):
         widen(model, at_any_size=True, keeps=plan.keys() - _embeddings(model))
-        return keep(_learned(model, plan, tokens, batch_size=batch_size, name=name))
+        return learn(WHOLE, model, plan, tokens)
     packed: dict[str, Packed] = {}
     modules = dict(model.named_modules())
     hidden = _HiddenBatches(widened(recorded.embed(tokens)), batch_size)
@@ -68,14 +86,13 @@ def compensated_layers(
         own = {
             f"part.{path.removeprefix(prefix)}": setting for path, setting in plan.items() if path.startswith(prefix)
         }
-        learned = _learned(_PartAsModel(block, call.__call__), own, hidden, batch_size=batch_size, name=name)
-        packed |= keep({prefix + path.removeprefix("part."): codes for path, codes in learned.items()})
-        del learned
+        whole = partial(_in_block, prefix)
+        packed |= learn(call.path, _PartAsModel(block, call.__call__), own, hidden, whole)
         hidden.replace(partial(call.__call__, block))
         remove_weights(block)
         mx.clear_cache()
     inputs = tokens, hidden.whole()
-    return packed | keep(_learned_outside(model, recorded, plan, inputs, batch_size=batch_size, name=name))
+    return packed | _learned_outside(model, recorded, plan, inputs, learn=learn)
 
 
 def learned_by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Setting, list[str]]:
@@ -170,14 +187,23 @@ def _learned(
     return packed
 
 
+def _in_block(prefix: str, path: str) -> str:
+    return prefix + path.removeprefix("part.")
+
+
+def _require_finite(packed: Mapping[str, Packed], name: str) -> None:
+    for path, parts in packed.items():
+        if not all(mx.isfinite(part).all().item() for part in (parts.scales, parts.biases) if part is not None):
+            raise CallError(f"{name}: {path} has scales or biases that are not finite. {_MORE_ROWS}")
+
+
 def _learned_outside(
     model: nn.Module,
     recorded: RecordedPass,
     plan: Mapping[str, Setting],
     inputs: tuple[mx.array, mx.array],
     *,
-    batch_size: int,
-    name: str,
+    learn: Callable[..., dict[str, Packed]],
 ) -> dict[str, Packed]:
     """Return the layers after the blocks that GPTQ learns, such as the head.
 
@@ -186,8 +212,8 @@ def _learned_outside(
         recorded: the blocks.
         plan: module path to setting.
         inputs: (R, L) ids, and the outputs of the last block, (R, L, D).
-        batch_size: rows in a forward pass.
-        name: of the setting, for messages.
+        learn: returns the codes of a model's layers, learned from rows; takes a name for them, a model, its plan, the
+            rows, and a function from the model's paths to those of the whole model.
     """
     tokens, hidden = inputs
     prefixes = tuple(f"{call.path}." for call in recorded.calls)
@@ -204,5 +230,4 @@ def _learned_outside(
 
     part = _PartAsModel([modules[path] for path in paths], run)
     own = {f"part.{number}": plan[path] for number, path in enumerate(paths)}
-    learned = _learned(part, own, mx.arange(len(tokens)), batch_size=batch_size, name=name)
-    return {paths[int(path.removeprefix("part."))]: codes for path, codes in learned.items()}
+    return learn(OUTSIDE, part, own, mx.arange(len(tokens)), lambda path: paths[int(path.removeprefix("part."))])

@@ -1,23 +1,38 @@
-"""Codes that a method learned on a whole model, in files until the artifact is written.
+"""Codes that a method has learned, in files until the artifact is written: of a whole model, or block by block.
 
-A method that trains the whole model cannot be resumed in the middle, but its result outlives a run that ends while the
-model is written and measured, which takes minutes for a large one.
+They outlive a run that ends while further blocks are learned, or while the model is written and measured, which takes
+minutes for a large one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import msgspec
 
 from mlxflow.messages import terminal
 from mlxflow.quantization.codec import Packed
-from mlxflow.storage import atomic_folders, state_files, temporary_files, tensor_writing
-from mlxflow.storage.digests import digest_file
-from mlxflow.storage.state_files import InvalidStateError
+from mlxflow.quantization.kept_tensors import KeptTensors, names_kept
 
-_FOLDER, _CODES, _FACTS = "learned", "codes.safetensors", "facts.json"
+_FOLDER, _NAME = "learned", "codes"
+
+# The folder of blocks, of methods that learn one after the other
+_BLOCKS = "blocks"
+
+#: Names of what is learned together in a `BlockStore`: all of a model, or what is outside of its blocks.
+WHOLE, OUTSIDE = "model", "outside"
+
+
+class LearningFiles(NamedTuple):
+    """The files of what a run learns, from which an interrupted one is resumed.
+
+    Attributes:
+        folder: for files of this run only.
+        identity: of everything that they depend on.
+    """
+
+    folder: Path
+    identity: str
 
 
 class LearnedCodes(NamedTuple):
@@ -25,20 +40,6 @@ class LearnedCodes(NamedTuple):
 
     packed: dict[str, Packed]
     figures: tuple[float, ...] = ()
-
-
-class _LearnedFacts(msgspec.Struct):
-    """The contents of the file beside the codes.
-
-    Attributes:
-        identity: of everything that the codes depend on.
-        digest: of the file of the codes.
-        figures: see `LearnedCodes`.
-    """
-
-    identity: str
-    digest: str
-    figures: tuple[float, ...]
 
 
 def learned_once(folder: Path, identity: str, learn: Callable[[], LearnedCodes], *, task: str) -> LearnedCodes:
@@ -53,63 +54,73 @@ def learned_once(folder: Path, identity: str, learn: Callable[[], LearnedCodes],
     Raises:
         StageError: the disk is full or cannot be written.
     """
-    folder = folder / _FOLDER
-    try:
-        kept = _read(folder, identity)
-    except InvalidStateError as error:
-        state_files.say_ignored(folder / _FACTS, error, "The layers are learned again.")
-        kept = None
-    if kept is not None:
-        terminal.say(f"{task}: takes the layers that an interrupted run learned ({folder / _CODES})")
-        return kept
+    store = KeptTensors(folder / _FOLDER, identity, effect="The layers are learned again.")
+    if (kept := store.read(_NAME)) is not None:
+        terminal.say(f"{task}: takes the layers that an interrupted run learned ({kept.file})")
+        return LearnedCodes(_codes(kept.tensors), tuple(kept.facts["figures"]))
     learned = learn()
-    _write(folder, identity, learned)
+    store.write(_NAME, _tensors(learned.packed), {"figures": list(learned.figures)})
     return learned
 
 
 def has_learned(folder: Path) -> bool:
     """Return whether an interrupted run has learned all layers; its files are not read."""
-    return (folder / _FOLDER / _FACTS).is_file()
+    return _NAME in names_kept(folder / _FOLDER)
 
 
-def _write(folder: Path, identity: str, learned: LearnedCodes) -> None:
-    with atomic_folders.writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / _CODES
-        temporary = temporary_files.beside(file, ".tmp.safetensors")
-        tensors = {
-            f"{path}.{name}": part
-            for path, codes in learned.packed.items()
-            for name, part in codes._asdict().items()
-            if part is not None
-        }
-        tensor_writing.write_tensors(temporary, tensors, {})
-        digest = digest_file(temporary).content
-        temporary.replace(file)
-        facts = msgspec.structs.asdict(_LearnedFacts(identity, digest, learned.figures))
-        atomic_folders.write_whole(folder / _FACTS, state_files.encode(facts))
+class BlockStore:
+    """What a method learns of one block after the other: tensors in files, which are read when they are used.
 
-
-def _read(folder: Path, identity: str) -> LearnedCodes | None:
-    """Return the stored result; None if there is none of the same identity.
-
-    Raises:
-        InvalidStateError: a file is damaged.
+    Args:
+        folder: of this run only, for a folder of files.
+        identity: of everything that the blocks depend on.
     """
-    try:
-        facts = msgspec.convert(state_files.read(folder / _FACTS), _LearnedFacts)
-        if facts.identity != identity:
-            return None
-        if digest_file(folder / _CODES).content != facts.digest:
-            raise InvalidStateError(f"{_CODES} is not what was written")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InvalidStateError(str(error)) from error
-    tensors: dict[str, mx.array] = mx.load(str(folder / _CODES))  # type: ignore[assignment]
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self._kept = KeptTensors(folder / _BLOCKS, identity, effect="The block is learned again.")
+
+    def codes(self, block: str) -> dict[str, Packed] | None:
+        """Return the codes of a block, lazy; None if no run with the same settings learned it."""
+        found = self.tensors(block)
+        return None if found is None else _codes(found)
+
+    def keep_codes(self, block: str, packed: Mapping[str, Packed]) -> dict[str, Packed]:
+        """Write the codes of a block, and return them unread."""
+        return _codes(self.keep(block, _tensors(packed)))
+
+    def tensors(self, block: str) -> dict[str, mx.array] | None:
+        """Return the tensors of a block, lazy; None if no run with the same settings wrote them."""
+        found = self._kept.read(block)
+        return None if found is None else found.tensors
+
+    def keep(self, block: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Write the tensors of a block, and return them unread."""
+        found: Any = mx.load(str(self._kept.write(block, tensors)))
+        return dict(found)
+
+
+def blocks_kept(folder: Path) -> list[str]:
+    """Return the paths of the blocks that runs have learned in a folder, which may be missing."""
+    return [name for name in names_kept(folder / _BLOCKS) if name not in (WHOLE, OUTSIDE)]
+
+
+def blocks_folder(folder: Path) -> Path:
+    """Return the folder of the files of a `BlockStore`."""
+    return folder / _BLOCKS
+
+
+def _tensors(packed: Mapping[str, Packed]) -> dict[str, mx.array]:
+    return {
+        f"{path}.{name}": part
+        for path, codes in packed.items()
+        for name, part in codes._asdict().items()
+        if part is not None
+    }
+
+
+def _codes(tensors: Mapping[str, mx.array]) -> dict[str, Packed]:
     paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-    packed = {
+    return {
         path: Packed(tensors[f"{path}.weight"], tensors[f"{path}.scales"], tensors.get(f"{path}.biases"))
         for path in paths
     }
-    return LearnedCodes(packed, facts.figures)

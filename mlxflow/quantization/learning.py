@@ -13,11 +13,12 @@ from mlxflow.quantization.apply import apply_plan
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel
 from mlxflow.quantization.distillation import teacher_of
-from mlxflow.quantization.learned_codes import LearnedCodes, learned_once
+from mlxflow.quantization.learned_codes import LearnedCodes, LearningFiles, learned_once
 from mlxflow.quantization.progress import show_parts
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
 from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.tuning_saves import TuningSaves, remove_saves
 from mlxflow.report.stage_reports.quantize import TeacherFigures
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.host_arrays import numpy_of
@@ -73,6 +74,7 @@ def learn_layers(
         return LearnedLayers({}, [], None, None)
     rows, _ = calibration_rows(request, tokens, context)
     seed = derive_seed(context.seed, "quantize.rows")
+    files = LearningFiles(folder, _identity(layers, context))
 
     def learn() -> LearnedCodes:
         packed = calibrated.learn(
@@ -81,14 +83,15 @@ def learn_layers(
             dense.reopened,
             layers,
             rows.astype(mx.int32),
-            folder=folder,
+            files=files,
             seed=seed,
             key=context.task,
         )
         return LearnedCodes(packed)
 
     if request.method == "dwq":
-        codes = learned_once(folder, _identity(layers, context), learn, task=context.task)
+        codes = learned_once(*files, learn, task=context.task)
+        remove_saves(folder)
     else:
         codes = learn()
     return LearnedLayers(codes.packed, [], None, None)
@@ -156,13 +159,17 @@ def _tune_scales(
     chosen = Rows(numpy_of(ids), numpy_of(marks))
     rows = chosen.tokens[:, :-1]
     teacher = teacher_of(dense, chosen, masks_documents=False, context=context)
+    identity = _identity(layers, context)
 
     def learn() -> LearnedCodes:
         student = dense.reopened()
         apply_plan(student, layers, packed)
         widen(student, at_any_size=True, keeps=layers.keys())
         student.eval()
-        with show_parts(context.task, "tuning scales", request.scale_steps, "steps") as watch:
+        saves = TuningSaves(folder, identity, task=context.task, total=request.scale_steps)
+        left = request.scale_steps - saves.first
+        with show_parts(context.task, "tuning scales", left, "steps") as watch:
+            saves.watched_by(lambda losses: watch(f"loss {losses[-1]:.3f}"))
             tuned = tune_scales(
                 student,
                 layers,
@@ -171,9 +178,10 @@ def _tune_scales(
                 num_steps=request.scale_steps,
                 batch_size=min(len(rows), max(1, block_method.TOKENS_PER_STEP // rows.shape[1])),
                 seed=derive_seed(context.seed, "quantize.scales"),
-                watch=lambda _, loss: watch(f"loss {loss:.3f}"),
+                saves=saves,
             )
         return LearnedCodes(tuned.packed, (tuned.first_loss, tuned.last_loss))
 
-    codes = learned_once(folder, _identity(layers, context), learn, task=context.task)
+    codes = learned_once(folder, identity, learn, task=context.task)
+    remove_saves(folder)
     return TunedScales(codes.packed, request.scale_steps, *codes.figures), teacher.figures()

@@ -4,7 +4,8 @@ The second phase of EfficientQAT (Chen et al. 2024, arXiv:2407.11062): codes sta
 the file. It starts from the grids that the blocks learned one by one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.mlx_lm_patches import dense_products, recomputing_blocks
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_losses
+from mlxflow.quantization.tuning_saves import TuningSaves
 
 # Adam's averages: short, since there are few steps
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
@@ -26,6 +28,9 @@ _RATE = 2e-3
 
 # Scales and biases by name, and Adam's averages of their gradients and of the squares of these
 _TuningState = tuple[dict[str, mx.array], ...]
+
+# Its parts in a file
+_PARTS = ("scales", "means", "squares")
 
 
 class TunedScales(NamedTuple):
@@ -46,7 +51,7 @@ def tune_scales(
     num_steps: int,
     batch_size: int,
     seed: int,
-    watch: Callable[[int, float], None],
+    saves: TuningSaves,
 ) -> TunedScales:
     """Return the packed layers of a quantized model with trained scales and biases.
 
@@ -60,7 +65,7 @@ def tune_scales(
         num_steps: updates.
         batch_size: rows in an update.
         seed: of the order of the rows.
-        watch: called with the number of each step and its loss.
+        saves: of the state; the tuning continues from that of an interrupted run.
     """
     grids = _Grids(student, plan)
 
@@ -81,18 +86,35 @@ def tune_scales(
     zeros = {name: mx.zeros_like(value) for name, value in grids.begin.items()}
     state: _TuningState = (dict(grids.begin), zeros, dict(zeros))
     losses: list[float] = []
-    with dense_products(student), recomputing_blocks(student):
+    if saves.begun is not None:
+        state, losses = _unflattened(saves.begun.arrays), saves.begun.losses
+    order = _order(len(tokens), batch_size, num_steps, seed)
+    with dense_products(student), recomputing_blocks(student), saves.saving_on_signals():
         compiled = mx.compile(step)
-        for number, rows in enumerate(_order(len(tokens), batch_size, num_steps, seed)):
+        for number, rows in enumerate(order[saves.first :], saves.first):
             batch = (mx.array(tokens[rows].astype(np.int32)), *teacher.of(rows))
+            saves.forget()
             value, state = compiled(state, batch, mx.array(float(number)))
             mx.eval(value, state)
             losses.append(float(value))
-            watch(number, losses[-1])
+            saves.note(number + 1, partial(_flattened, state), losses)
     grids.put(state[0])
     mx.eval(student.parameters())
     few = max(1, num_steps // 8)
     return TunedScales(grids.packed(), num_steps, float(np.mean(losses[:few])), float(np.mean(losses[-few:])))
+
+
+def _flattened(state: _TuningState) -> dict[str, mx.array]:
+    """Return the arrays of a state by a name each."""
+    parts = zip(_PARTS, state, strict=True)
+    return {f"{part}.{name}": value for part, arrays in parts for name, value in arrays.items()}
+
+
+def _unflattened(arrays: Mapping[str, mx.array]) -> _TuningState:
+    return tuple(
+        {name.removeprefix(f"{part}."): value for name, value in arrays.items() if name.startswith(f"{part}.")}
+        for part in _PARTS
+    )
 
 
 class _Grids:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm import server
 from mlx_lm.models import activations, base, llama
+from mlx_lm.quant import dwq
 from mlx_lm.tuner import lora
 
 from benchmarks.architecture_configs import config_of
@@ -48,6 +49,7 @@ from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.grid_training import grids_in_training
 from mlxflow.quantization.layer_inputs import input_products
 from mlxflow.quantization.mlx_lm_patches import checked_factors, dense_products, following
+from mlxflow.quantization.resumable_dwq import without_first_batches
 from mlxflow.quantization.settings import Setting
 from mlxflow.training.frozen_shards import FrozenShards
 from mlxflow.training.output_head import find_head
@@ -196,6 +198,11 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
         lambda model: dense_products(_quantized(model)),
         {f"class of {LAYERS}.quantized.QuantizedLinear", f"class of {LAYERS}.quantized.QuantizedEmbedding"},
     ),
+    (
+        "mlxflow.quantization.resumable_dwq",
+        lambda _: without_first_batches([], 1),
+        {"mlx_lm.quant.dwq.iterate_batches"},
+    ),
     ("mlxflow.quantization.mlx_lm_patches", lambda _: checked_factors(), {"mlx.core.linalg.cholesky"}),
     (
         "mlxflow.evaluation.model_server",
@@ -313,6 +320,7 @@ def _state(model: nn.Module) -> list[Any]:
         activations,
         llama,
         lora.LoRALinear,
+        dwq,
         server,
     ]
     return [

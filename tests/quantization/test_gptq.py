@@ -1,5 +1,7 @@
 import copy
 import math
+import tempfile
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,15 +13,20 @@ from mlxflow.messages.errors import CallError
 from mlxflow.models import model_folder
 from mlxflow.quantization import gptq, mlx_lm_patches
 from mlxflow.quantization.codec import Packed
+from mlxflow.quantization.learned_codes import BlockStore
 from mlxflow.quantization.settings import Setting
 
 TOKENS = mx.random.randint(0, 60, (8, 8), key=mx.random.key(5))
 
 
 def _learn(model: nn.Module, plan: dict[str, Setting]) -> dict[str, Packed]:
-    return gptq.compensated_layers(
-        lambda: copy.deepcopy(model), plan, TOKENS, batch_size=4, keep=lambda codes: codes, name="quantize.method"
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlockStore(Path(folder), "1")
+        packed = gptq.compensated_layers(
+            lambda: copy.deepcopy(model), plan, TOKENS, batch_size=4, store=store, name="quantize.method"
+        )
+        mx.eval(packed)
+    return packed
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])

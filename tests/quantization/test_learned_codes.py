@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.quantization.codec import Packed
-from mlxflow.quantization.learned_codes import LearnedCodes, learned_once
+from mlxflow.quantization.learned_codes import BlockStore, LearnedCodes, blocks_kept, has_learned, learned_once
 
 
 def _learn() -> LearnedCodes:
@@ -37,17 +37,35 @@ def test_codes_of_another_origin_are_not_used(tmp_path: Path) -> None:
         learned_once(tmp_path, "2", _refuse, task="quantize")
 
 
-@pytest.mark.parametrize("name", ["codes.safetensors", "facts.json"])
+@pytest.mark.parametrize("name", ["codes-*.safetensors", "codes.json"])
 def test_damaged_codes_are_reported_and_learned_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     learned_once(tmp_path, "1", _learn, task="quantize")
-    file = tmp_path / "learned" / name
+    (file,) = (tmp_path / "learned").glob(name)
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
     learned_once(tmp_path, "1", _learn, task="quantize")
-    reason = "codes.safetensors is not what was written" if name[0] == "c" else "its bytes do not fit its checksum"
-    facts = tmp_path / "learned/facts.json"
+    changed = f"{file.name} is not what was written"
+    reason = "its bytes do not fit its checksum" if file.suffix == ".json" else changed
+    facts = tmp_path / "learned/codes.json"
     assert capsys.readouterr().err == f"{facts}: not valid state ({reason}). The layers are learned again.\n"
     learned_once(tmp_path, "1", _refuse, task="quantize")
+
+
+def test_blocks_are_kept_by_their_identity_and_read_when_they_are_used(tmp_path: Path) -> None:
+    codes = _learn().packed
+    store = BlockStore(tmp_path, "1")
+    assert store.codes("model.layers.0") is None
+    unread = store.keep_codes("model.layers.0", codes)
+    store.keep("outside", {"norm.weight": mx.ones(2)})
+    assert blocks_kept(tmp_path) == ["model.layers.0"]
+    again = BlockStore(tmp_path, "1").codes("model.layers.0")
+    assert again is not None
+    for found in (unread, again):
+        assert found.keys() == codes.keys()
+        assert mx.array_equal(found["a.b"].weight, codes["a.b"].weight)
+        assert found["c"].biases is None
+    assert BlockStore(tmp_path, "2").codes("model.layers.0") is None
+    assert not has_learned(tmp_path)

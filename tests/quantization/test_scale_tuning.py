@@ -1,4 +1,5 @@
 import gc
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.teacher_logits import cached_teacher
+from mlxflow.quantization.tuning_saves import TuningSaves
 from tests.quantization.test_teacher_logits import all_rows
 from tests.small_models import llama
 
 TOKENS = np.random.default_rng(0).integers(0, 50, (64, 8))
+
+
+NOT_SAVED = TuningSaves(None, "", task="quantize", total=0)
 
 
 def _model(num_layers: int = 2) -> nn.Module:
@@ -32,7 +37,7 @@ def _plan(mode: str = "affine", num_layers: int = 2) -> dict[str, Setting]:
 
 
 def _tuned(
-    folder: Path, mode: str = "affine", num_steps: int = 60, num_layers: int = 2
+    folder: Path, mode: str = "affine", num_steps: int = 60, num_layers: int = 2, saves: TuningSaves | None = None
 ) -> tuple[TunedScales, nn.Module, nn.Module]:
     """Return the result, the tuned model, and one that is only rounded."""
     student, rounded, plan = _model(num_layers), _model(num_layers), _plan(mode, num_layers)
@@ -48,7 +53,7 @@ def _tuned(
         metadata={},
     )
     made = tune_scales(
-        student, plan, TOKENS[:48], teacher, num_steps=num_steps, batch_size=8, seed=0, watch=lambda *_: None
+        student, plan, TOKENS[:48], teacher, num_steps=num_steps, batch_size=8, seed=0, saves=saves or NOT_SAVED
     )
     return made, student, rounded
 
@@ -108,6 +113,33 @@ def test_codes_and_dtypes_stay(tmp_path: Path) -> None:
         assert mx.array_equal(packed.weight, layers[path].weight)
         assert packed.scales.dtype == layers[path].scales.dtype == mx.bfloat16
         assert not mx.array_equal(packed.scales, layers[path].scales)
+
+
+def test_an_interrupted_tuning_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    whole, _, _ = _tuned(tmp_path, num_steps=12)
+
+    def saves() -> TuningSaves:
+        return TuningSaves(tmp_path / "run", "1", task="quantize", total=12)
+
+    def interrupt(losses: Sequence[float]) -> None:
+        if len(losses) == 5:
+            raise KeyboardInterrupt
+
+    first = saves()
+    first.watched_by(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _tuned(tmp_path, num_steps=12, saves=first)
+    second, seen = saves(), []
+    assert second.first == 5
+    second.watched_by(lambda losses: seen.append(len(losses)))
+    tuned, _, _ = _tuned(tmp_path, num_steps=12, saves=second)
+    assert seen == list(range(6, 13))
+    assert tuned[1:] == whole[1:]
+    for path, codes in whole.packed.items():
+        for own, other in zip(codes, tuned.packed[path], strict=True):
+            assert own is not None
+            assert other is not None
+            assert mx.array_equal(own, other), path
 
 
 def test_a_fixed_zero_point_is_kept(tmp_path: Path) -> None:

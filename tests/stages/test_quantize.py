@@ -6,6 +6,8 @@ import math
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -232,6 +234,85 @@ def test_what_was_trained_is_not_lost_if_the_writing_of_the_model_is_interrupted
     assert line in capsys.readouterr().err
     assert (job.artifact / "model.safetensors").read_bytes() == whole
     assert second.get("scale_steps") == first.get("scale_steps")
+
+
+_KILLED = """
+import os, signal
+from mlxflow.device import cpu_backend
+cpu_backend.prepare()  # before MLX is imported
+from mlxflow.quantization import learned_codes, tuning_saves
+kind, name, count = {kind}, "{name}", {count}
+plain, calls = getattr(kind, name), 0
+def killing(self, *arguments):
+    global calls
+    result = plain(self, *arguments)
+    calls += 1
+    if calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(kind, name, killing)
+tuning_saves._SECONDS = tuning_saves._DURATIONS = 0.0
+from mlxflow.__main__ import main
+import sys
+sys.argv = ["mlxflow", "run", "quantize"]
+raise SystemExit(main())
+"""
+_AT_STEP, _AT_BLOCK = ("tuning_saves.TuningSaves", "note", 2), ("learned_codes.BlockStore", "keep", 1)
+_TRAINED: dict[str, Any] = {"bits": 3, "calibration_rows": 20}
+
+
+@pytest.mark.parametrize(
+    ("table", "where", "line"),
+    [
+        ({"method": "dwq", **_TRAINED}, _AT_STEP, "quantize: resumes from step 2 of 4 of the tuning\n"),
+        (
+            {"method": "block", "block_steps": 1, "scale_steps": 4, **_TRAINED},
+            _AT_STEP,
+            "quantize: resumes from step 2 of 4 of the tuning\n",
+        ),
+        ({"method": "gptq", **_TRAINED, "bits": 2}, _AT_BLOCK, "; 1 of 2 blocks are done, which is not counted\n"),
+        ({"method": "awq", **_TRAINED}, _AT_BLOCK, "; 1 of 2 blocks are done, which is not counted\n"),
+    ],
+    ids=["dwq", "scale_steps", "gptq", "awq"],
+)
+def test_a_killed_run_goes_on_after_what_was_saved_to_the_same_bytes(
+    job: Job, table: dict[str, Any], where: tuple[str, str, int], line: str
+) -> None:
+    job.write(**table)
+
+    def run() -> tuple[str, bytes, dict[str, Any]]:
+        done = mlxflow(job.folder, "run", "quantize")
+        assert done.returncode == 0, done.stderr
+        report = read_report(job.artifact / "report.toml")
+        return done.stderr, (job.artifact / "model.safetensors").read_bytes(), report
+
+    said, whole, first = run()
+    assert line not in said
+    shutil.rmtree(job.artifact)
+    code = _KILLED.format(**dict(zip(("kind", "name", "count"), where, strict=True)))
+    killed = subprocess.run([sys.executable, "-c", code], cwd=job.folder, check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not job.artifact.exists()
+    said, resumed, second = run()
+    assert line in said
+    assert resumed == whole
+    assert second.get("scale_steps") == first.get("scale_steps")
+    assert second["quality"] == first["quality"]
+
+
+def test_a_tuning_of_other_settings_is_not_used(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    code = _KILLED.format(**dict(zip(("kind", "name", "count"), _AT_STEP, strict=True)))
+    job.write(**({"method": "dwq"} | _TRAINED))
+    subprocess.run([sys.executable, "-c", code], cwd=job.folder, check=False, capture_output=True)
+    assert list((job.folder / "artifacts").rglob("tuning/state.json"))
+    others: list[dict[str, Any]] = [
+        {"bits": 2},
+        {"layers": [{"match": "*embed*", "bits": 8}]},
+        {"calibration_rows": 24},
+    ]
+    for changed in others:
+        job.run(**({"method": "dwq"} | _TRAINED | changed))
+        assert "of the tuning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
