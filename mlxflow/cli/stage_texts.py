@@ -16,6 +16,7 @@ from mlxflow.report.stage_reports.report import PageReport
 from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.storage import layout
 from mlxflow.storage.report_structs import StageReport
+from mlxflow.training.figures import TrainingRun
 
 # The most points of a learning curve; a longer one is thinned
 _MOST_POINTS = 20
@@ -65,7 +66,7 @@ def _training(report: TrainReport, folder: Path, task: str) -> Iterator[str]:
     epochs = "" if report.epochs is None else f" ({show(report.epochs)} epoch{'' if report.epochs == 1 else 's'})"
     yield (
         f"{task}: {report.parameters:,} parameters, {report.steps:,} steps{epochs}, {report.tokens:,} tokens, "
-        f"{show(report.run.tokens_per_second)} tokens/s, peak {show_bytes(report.run.training_peak_memory_bytes)}"
+        f"{show(report.run.tokens_per_second)} tokens/s, {_peak_of(report.run)}"
     )
     if waits := report.run.rank_waited_seconds:
         shown = ", ".join(f"rank {rank} {show_seconds(seconds)}" for rank, seconds in enumerate(waits))
@@ -146,6 +147,14 @@ def _evaluation(report: EvaluateReport, task: str) -> Iterator[str]:
     if compared:
         yield table_of(("task", "models", "difference", interval, "better items", "worse", "verdict"), compared)
     yield f"{task}: {len(rows)} results, {report.run.known} of them known from an earlier run"
+
+
+def _peak_of(run: TrainingRun) -> str:
+    peak, limit = run.training_peak_memory_bytes, run.training_memory_limit_bytes
+    if limit is None:
+        return f"peak {show_bytes(peak)}"
+    excess = "" if peak <= limit else ", which was exceeded"
+    return f"peak {show_bytes(peak)} with a memory limit of {show_bytes(limit)}{excess}"
 
 
 def _profile(report: ProfileReport, task: str) -> Iterator[str]:

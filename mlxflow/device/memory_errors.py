@@ -64,11 +64,11 @@ def describe(error: RuntimeError, subject: str) -> str | None:
     needed = out_of_memory_bytes(error)
     if needed is None:
         return None
-    import mlx.core as mx
+    from mlxflow.device import memory_limit
 
     more = f"{needed:,} more bytes needed, " if needed else ""
     return (
-        f"{subject}: out of memory: {more}memory limit {mx.get_memory_limit():,}. "
+        f"{subject}: out of memory: {more}memory limit {memory_limit.allowed_bytes():,}. "
         "Close other programs, or use a smaller batch_size or model, and run it again."
     )
 

@@ -7,6 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxflow.device import memory_limit
+
 # Fractions of the memory limit, as divisors: for the activations of a pass through the body, and for a slice of logits
 _BODY_SHARE, _SLICE_SHARE = 8, 16
 
@@ -29,7 +31,7 @@ def positions_at_once(vocab_size: int, *, arrays: int) -> int:
         vocab_size: V.
         arrays: fp32 arrays of V numbers that are held for each position.
     """
-    room = min(_SLICE_BYTES[_device()], mx.get_memory_limit() // _SLICE_SHARE)
+    room = min(_SLICE_BYTES[_device()], memory_limit.allowed_bytes() // _SLICE_SHARE)
     return max(1, room // (4 * vocab_size * arrays))
 
 
@@ -49,7 +51,7 @@ def rows_at_once(model: nn.Module, *, context_length: int, most: int, logits: in
     widest = max((max(shape[-2:]) for shape in shapes if shape[-2] < vocab_size), default=vocab_size)
     heads = num_heads(model) or -(-widest // _USUAL_HEAD_WIDTH)
     numbers = _WIDE_ARRAYS * widest + _SCORE_ARRAYS * heads * context_length + 2 * logits
-    room = min(_BODY_BYTES[_device()], mx.get_memory_limit() // _BODY_SHARE)
+    room = min(_BODY_BYTES[_device()], memory_limit.allowed_bytes() // _BODY_SHARE)
     return int(min(most, max(1, room // (4 * context_length * numbers))))
 
 

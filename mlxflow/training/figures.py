@@ -20,6 +20,7 @@ class TrainingRun(ReportTable, frozen=True, kw_only=True):
         device_wait_seconds: time that the host waited for the device.
         rank_waited_seconds: how long each rank waited for the others since its last start; empty for one process.
         training_peak_memory_bytes: most memory that MLX's arrays held in training.
+        training_memory_limit_bytes: the memory limit of the run; None in reports of earlier versions.
         kernels_refused: `name: reason` of each fused kernel that is not in use.
     """
 
@@ -30,6 +31,7 @@ class TrainingRun(ReportTable, frozen=True, kw_only=True):
     device_wait_seconds: Seconds
     rank_waited_seconds: tuple[Seconds, ...] = ()
     training_peak_memory_bytes: Count
+    training_memory_limit_bytes: Count | None = None
     kernels_refused: tuple[str, ...]
 
     @classmethod
@@ -48,6 +50,7 @@ class TrainingRun(ReportTable, frozen=True, kw_only=True):
             device_wait_seconds=result.device_wait_seconds,
             rank_waited_seconds=result.rank_waited_seconds,
             training_peak_memory_bytes=result.peak_memory_bytes,
+            training_memory_limit_bytes=result.memory_limit_bytes,
             kernels_refused=tuple(f"{name}: {reason}" for name, reason in kernels.refused.items()),
         )
 

@@ -18,6 +18,7 @@ from mlxflow.training import build, progress
 from mlxflow.training.batch_size import read_decisions
 from mlxflow.training.batches import TrainingData
 from mlxflow.training.checkpoints import CheckpointStore
+from mlxflow.training.memory_advice import memory_advice
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.trainer import Session, Stopped
@@ -100,10 +101,26 @@ def train(
             except Stopped as stopped:
                 say(f"{table}: {_describe_stop(stopped)}")
                 raise SystemExit(128 + (stop_requested.signal or signal.SIGTERM)) from stopped
+            if line := exceeded_line(result, subject):
+                say(line)
             if team.rank.is_first and (save := trainer.save_last):
                 if_interrupted.append(lambda: say(f"{table}: {_describe_stop(Stopped(result.steps, save()))}"))
     _end_process(team, stop_requested)
     return result
+
+
+def exceeded_line(result: Result, subject: build.Subject) -> str:
+    """Return a line about a peak above the memory limit; empty if the limit was kept.
+
+    Args:
+        result: of the training.
+        subject: what was trained.
+    """
+    peak, limit, settings = result.peak_memory_bytes, result.memory_limit_bytes, subject.settings
+    if peak <= limit:
+        return ""
+    advice = memory_advice(settings, subject.names, rows=settings.batch_size)
+    return f"{subject.names.table}: training took up to {peak:,} bytes, more than the {limit:,} allowed. {advice}"
 
 
 def _end_process(team: Team, stop_requested: StopFlag) -> None:

@@ -15,6 +15,7 @@ class Result(NamedTuple):
         validations_since_best: validations after the one of the lowest loss.
         skipped_steps: updates without a finite loss or gradient.
         rank_waited_seconds: of each rank of a distributed run since its last start; empty for a single process.
+        memory_limit_bytes: that `peak_memory_bytes` should not exceed.
     """
 
     steps: int
@@ -33,6 +34,7 @@ class Result(NamedTuple):
     skipped_steps: int
     peak_memory_bytes: int
     rank_waited_seconds: tuple[float, ...] = ()
+    memory_limit_bytes: int = 0
 
 
 class RunState:

@@ -7,9 +7,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import Rows
-from mlxflow.device import memory_errors, phase_peaks
+from mlxflow.device import memory_errors, memory_limit, phase_peaks
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.training import build
+from mlxflow.training.memory_threshold import first_threshold
 from mlxflow.training.precompile import restored
 
 # The most steps that a trial sends to the device together
@@ -62,7 +63,13 @@ def try_step(
     steps = subject.settings.num_steps
     count = int(tokens.shape[0] * (tokens.shape[1] - 1))
     try:
-        with restored(subject.model), build.ready_step(subject, kernels) as step, phase_peaks.followed() as peak:
+        with (
+            restored(subject.model),
+            build.ready_step(subject, kernels) as step,
+            memory_limit.lowered() as lower,
+            phase_peaks.followed() as peak,
+        ):
+            lower(first_threshold(memory_limit.allowed_bytes()))  # as the trainer begins
             mx.eval(step.state)
             lone: list[float] = []
             for _ in range(2):

@@ -7,6 +7,7 @@ The host builds the next update while the device computes this one. It waits whe
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -39,7 +40,7 @@ class Session(NamedTuple):
 
     Attributes:
         checkpoints: stores checkpoints and the best weights.
-        memory_limit_bytes: of MLX.
+        memory_limit_bytes: that peaks stay within where the training can do with it.
         log: called with each record.
         stop_requested: checked between forward passes; training then saves a checkpoint and ends.
         team: the ranks of a distributed run.
@@ -118,7 +119,7 @@ class Trainer:
         self._pending: deque[_Pending] = deque()
         self._recorder = Recorder(self._facts, sizes, session.log)
         self._team = session.team
-        self._memory = MemoryWatch(sizes, session.memory_limit_bytes, self._most_used)
+        self._memory = MemoryWatch(sizes, session.memory_limit_bytes, self._most_used, self._facts.note_peak)
         self._snapshots = Snapshots(model, step, sizes, self._facts)
         self._batches = Batches(data, self._facts)
         parts = RunParts(step, sizes, self._memory, self._recorder, self._batches, self._facts)
@@ -150,8 +151,12 @@ class Trainer:
             RuntimeError: the device ran out of memory in work that cannot be repeated.
             Stopped: a signal arrived; the checkpoint is saved.
         """
-        facts, settings = self._facts, self._settings
         phase_peaks.reset()
+        with self._memory.opened():
+            return self._run(checkpoint)
+
+    def _run(self, checkpoint: Checkpoint | None) -> Result:
+        facts, settings = self._facts, self._settings
         if checkpoint is not None:
             self._restore(checkpoint)
         self._accumulator.begin(self._session.digests)
@@ -177,7 +182,10 @@ class Trainer:
         if settings.keep == "best" and facts.best_step < facts.step and self._team.rank.is_first:
             self._model.load_weights(list(self._session.checkpoints.read_best(facts.best_step).items()), strict=False)
         mx.eval(self._step.state)
-        return self._facts.result()._replace(rank_waited_seconds=tuple(self._recorder.rank_waited_seconds))
+        return self._facts.result()._replace(
+            rank_waited_seconds=tuple(self._recorder.rank_waited_seconds),
+            memory_limit_bytes=self._session.memory_limit_bytes,
+        )
 
     def _avoid_too_many_rows(self) -> None:
         """Lower the batch size if an earlier start of the ranks ran out of memory with it, on all of them alike."""
@@ -191,6 +199,7 @@ class Trainer:
         at_end = facts.step == settings.num_steps
         if facts.step % settings.lazy_eval_every == 0 or (facts.step - 1) % settings.log_every == 0:
             self._settle(1)  # one stays on the device, so that it is not idle
+            self._memory.note_updates()
             self._session.on_step(facts.step)
         if self._validates:
             self._settle(0)
@@ -211,7 +220,7 @@ class Trainer:
     def _validate(self) -> None:
         """Measure the validation loss; a signal meanwhile ends the run with a checkpoint of before."""
         self._team.batch_size = 0
-        with self._step.whole_model():
+        with self._step.whole_model(), self._memory.validation():
             is_measured = self._validator.validate()
         if not is_measured:
             self._stop()
@@ -235,10 +244,23 @@ class Trainer:
         if looks or compiles:
             self._settle(0)
             memory_errors.settle()  # what fails from here on is this update's own work, and can be repeated
-            self._facts.note_peak()
-            phase_peaks.reset()
+            self._memory.reset()
+        with self._memory.decisive_update() if looks else nullcontext():
+            self._send_update(number, waits=looks or compiles, compiles=compiles)
+        if looks and (decision := self._memory.look(number)) is not None:
+            self._recorder.write(decision.record())
+
+    def _send_update(self, number: int, *, waits: bool, compiles: bool) -> None:
+        """Send one update to the device.
+
+        Args:
+            number: of the update.
+            waits: whether to wait for it.
+            compiles: whether something is compiled for it.
+        """
+        facts, settings = self._facts, self._settings
         begin = time.perf_counter()
-        summed = self._accumulator.accumulate(waits=looks or compiles)
+        summed = self._accumulator.accumulate(waits=waits)
         outcome, targets = self._step.update(summed.gradients), summed.targets
         facts.step, facts.rows_done, facts.cursor = number, 0, summed.cursor
         del summed  # MLX frees gradients as the update reads them, but not while Python holds them
@@ -246,13 +268,11 @@ class Trainer:
         self._pending.append(_Pending(number, outcome, targets))
         facts.tokens += targets
         self._accumulator.after_update(compares=number % settings.log_every == 0)
-        if looks or compiles:
+        if waits:
             self._wait(self._step.state)
         if compiles:
             facts.compile_seconds += time.perf_counter() - begin
             facts.compile_tokens += targets
-        if looks and (decision := self._memory.look(number)) is not None:
-            self._recorder.write(decision.record())
 
     def _wait(self, what: Any) -> None:
         self._team.beat("sum of gradients", waits=True)

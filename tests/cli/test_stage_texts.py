@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from mlxflow.cli.command import main
-from mlxflow.cli.stage_texts import _curve
+from mlxflow.cli.stage_texts import _curve, _peak_of
 from mlxflow.storage import report_files
+from mlxflow.training.figures import TrainingRun
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,28 @@ def test_show_prints_the_figures_of_every_other_stage(
     assert err == ""
     assert out.startswith(first)
     assert re.match(last, out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, "peak 9.29 GB"),
+        (9_300_000_000, "peak 9.29 GB with a memory limit of 9.30 GB"),
+        (9_000_000_000, "peak 9.29 GB with a memory limit of 9 GB, which was exceeded"),
+    ],
+)
+def test_the_peak_of_a_training_is_shown_beside_its_limit(limit: int | None, expected: str) -> None:
+    run = TrainingRun(
+        tokens_per_second=1.0,
+        training_seconds=1.0,
+        compile_seconds=0.0,
+        data_wait_seconds=0.0,
+        device_wait_seconds=0.0,
+        training_peak_memory_bytes=9_290_000_000,
+        training_memory_limit_bytes=limit,
+        kernels_refused=(),
+    )
+    assert _peak_of(run) == expected
 
 
 def test_a_long_learning_curve_is_thinned_and_keeps_its_ends() -> None:

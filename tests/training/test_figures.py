@@ -20,7 +20,7 @@ def _result() -> Any:
         "tokens_per_second": 32.0,
         "peak_memory_bytes": 1024,
     }
-    return SimpleNamespace(rank_waited_seconds=(), **losses, **seconds, **counts)
+    return SimpleNamespace(rank_waited_seconds=(), memory_limit_bytes=4096, **losses, **seconds, **counts)
 
 
 @pytest.mark.parametrize(("keeps_best", "loss"), [(True, 1.0), (False, 2.0)])
@@ -46,5 +46,6 @@ def test_a_kernel_that_is_not_in_use_is_listed_with_its_reason() -> None:
         data_wait_seconds=0.25,
         device_wait_seconds=0.125,
         training_peak_memory_bytes=1024,
+        training_memory_limit_bytes=4096,
         kernels_refused=("adamw: slower",),
     )

@@ -1,11 +1,13 @@
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import model_kernels
 from mlxflow.training import build
+from mlxflow.training.memory_threshold import first_threshold
 from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.step import Step
 from mlxflow.training.step_trials import part_of, try_step
@@ -56,3 +58,21 @@ def test_a_longer_trial_takes_no_more_steps_than_the_training_has(monkeypatch: p
         assert try_step(subject, model_kernels.no_kernels(), _rows(), least_seconds=seconds)
         counts.append(len(taken))
     assert counts == [2 + 5, 2 + 15]  # two alone, and groups of five
+
+
+def test_a_trial_is_taken_with_the_threshold_that_a_training_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    compute = Step.compute
+
+    def looking(self: Step, *arrays: mx.array) -> Any:
+        seen.append(mx.get_memory_limit())
+        return compute(self, *arrays)
+
+    monkeypatch.setattr(Step, "compute", looking)
+    allowed = mx.get_memory_limit()
+    model, _ = llama(vocab_size=64, hidden_size=32, num_layers=2, seed=0)
+    settings = TrainingSettings(batch_size=8, warmup_steps=0)
+    build.prepare_model(model, settings, adapter_seed=0)
+    assert try_step(build.Subject(model, settings, 64, LENGTH), model_kernels.no_kernels(), _rows())
+    assert set(seen) == {first_threshold(allowed)}
+    assert mx.get_memory_limit() == allowed
