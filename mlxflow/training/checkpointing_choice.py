@@ -83,7 +83,8 @@ def choose_checkpointing(
 
 
 def _describe(layers: Recomputation, measured: StepTrial, everything: float, allowed: int) -> str:
-    speed = f"{measured.tokens / measured.seconds:,.0f} tokens/s with a peak of {show_bytes(measured.peak_bytes)}"
+    seconds = measured.seconds + measured.update_seconds  # a pass of a tiny model may take no time beside its update
+    speed = f"{measured.tokens / seconds:,.0f} tokens/s with a peak of {show_bytes(measured.peak_bytes)}"
     rest = f"; to keep all activations takes about {show_bytes(everything)}" if layers.every else ""
     return f"{layers.words}: {speed}, {show_bytes(allowed)} allowed{rest}"
 

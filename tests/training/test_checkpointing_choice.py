@@ -16,7 +16,7 @@ from mlxflow.messages.errors import ArtifactError
 from mlxflow.training import build
 from mlxflow.training.checkpointing_choice import choose_checkpointing, resolve_checkpointing
 from mlxflow.training.settings import Recomputation, SettingNames, TrainingSettings
-from mlxflow.training.step_trials import try_step
+from mlxflow.training.step_trials import StepTrial, try_step
 from tests.small_models import llama
 
 LENGTH = 64
@@ -93,3 +93,17 @@ def test_a_run_that_goes_on_or_is_repeated_takes_the_recorded_choice(
     with pytest.raises(ArtifactError):
         resolve(tmp_path)
     assert not capsys.readouterr().err
+
+
+def test_a_pass_that_takes_no_time_beside_its_update_has_a_speed(
+    subject: build.Subject, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that are sent together may take less than the update of a lone one."""
+
+    def try_nothing(_subject: build.Subject, _kernels: Any, some: Rows) -> StepTrial:
+        return StepTrial(
+            tokens=some.num_rows * LENGTH, peak_bytes=100, pass_peak_bytes=100, seconds=0, update_seconds=2
+        )
+
+    monkeypatch.setattr("mlxflow.training.checkpointing_choice.try_step", try_nothing)
+    assert "256 tokens/s" in choose_checkpointing(subject, NONE, rows, limit_bytes=1 << 40).line
