@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import mlx.core as mx
 
 from mlxflow.device import memory_limit, phase_peaks
+from mlxflow.distributed.team import SOLO, Team
 from mlxflow.training.batch_size import BatchSizes, Decision, MemoryUse
 from mlxflow.training.memory_threshold import MemoryThreshold
 
@@ -21,18 +22,18 @@ class MemoryWatch:
     Args:
         sizes: chooses the batch size.
         limit_bytes: the memory limit.
-        decisive: takes the memory of this process; returns that of the process of the run that decides for all.
         note_peak: called before MLX's peak is reset.
+        team: the ranks of a distributed run; the one that uses most of its limit decides for all.
     """
 
     def __init__(
         self,
         sizes: BatchSizes,
         limit_bytes: int,
-        decisive: Callable[[MemoryUse], MemoryUse] = lambda own: own,
         note_peak: Callable[[], None] = lambda: None,
+        team: Team = SOLO,
     ) -> None:
-        self._decisive = decisive
+        self._team = team
         self._note_peak = note_peak
         self._sizes = sizes
         self._limit = limit_bytes
@@ -96,7 +97,7 @@ class MemoryWatch:
         mx.synchronize()  # a result is available before the buffers of its inputs are freed
         own = self._take()
         self._learn(self._of_updates, own)
-        reading = self._decisive(own)
+        reading = self._most_used(own)
         decision = self._sizes.look(step, reading)
         if decision is not None:
             self._of_updates = MemoryThreshold(self._limit)
@@ -106,6 +107,11 @@ class MemoryWatch:
 
     def _take(self) -> MemoryUse:
         return MemoryUse.take(self._limit)
+
+    def _most_used(self, own: MemoryUse) -> MemoryUse:
+        """Return the memory of the rank that uses the largest share of its limit."""
+        everyone = [MemoryUse(*row) for row in self._team.exchange("reading of the memory", own).tolist()]
+        return max(everyone, key=lambda reading: reading.used)
 
     def _learn(self, threshold: MemoryThreshold, own: MemoryUse) -> None:
         threshold.learn(own.peak_bytes, own.active_bytes)
@@ -125,7 +131,7 @@ class MemoryWatch:
 
     def avoid(self, step: int, rows: int) -> Decision | None:
         """Choose a smaller batch size than one that ran out of memory in an earlier start; see `BatchSizes.avoid`."""
-        return self._sizes.avoid(step, rows, self._decisive(self._take()))
+        return self._sizes.avoid(step, rows, self._most_used(self._take()))
 
     def shrink(self, step: int, needed_bytes: int) -> Decision:
         """Choose a smaller batch size after an allocation failed in the update after a step.
@@ -134,7 +140,7 @@ class MemoryWatch:
             WorkflowError: there is no smaller one.
         """
         mx.clear_cache()
-        reading = self._decisive(self._take())
+        reading = self._most_used(self._take())
         decision = self._sizes.run_out(step, reading, reading.active_bytes + needed_bytes)
         self._of_updates = MemoryThreshold(self._limit)
         return decision

@@ -101,16 +101,15 @@ def train(
             except Stopped as stopped:
                 say(f"{table}: {_describe_stop(stopped)}")
                 raise SystemExit(128 + (stop_requested.signal or signal.SIGTERM)) from stopped
-            if line := exceeded_line(result, subject):
-                say(line)
             if team.rank.is_first and (save := trainer.save_last):
                 if_interrupted.append(lambda: say(f"{table}: {_describe_stop(Stopped(result.steps, save()))}"))
     _end_process(team, stop_requested)
+    terminal.say(*exceeded_lines(result, subject))
     return result
 
 
-def exceeded_line(result: Result, subject: build.Subject) -> str:
-    """Return a line about a peak above the memory limit; empty if the limit was kept.
+def exceeded_lines(result: Result, subject: build.Subject) -> list[str]:
+    """Return a line about a peak above the memory limit; none if the limit was kept.
 
     Args:
         result: of the training.
@@ -118,9 +117,9 @@ def exceeded_line(result: Result, subject: build.Subject) -> str:
     """
     peak, limit, settings = result.peak_memory_bytes, result.memory_limit_bytes, subject.settings
     if peak <= limit:
-        return ""
+        return []
     advice = memory_advice(settings, subject.names, rows=settings.batch_size)
-    return f"{subject.names.table}: training took up to {peak:,} bytes, more than the {limit:,} allowed. {advice}"
+    return [f"{subject.names.table}: training took up to {peak:,} bytes, more than the {limit:,} allowed. {advice}"]
 
 
 def _end_process(team: Team, stop_requested: StopFlag) -> None:

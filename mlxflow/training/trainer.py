@@ -20,7 +20,7 @@ from mlxflow.device import memory_errors, phase_peaks
 from mlxflow.distributed.team import SOLO, Team
 from mlxflow.messages.errors import StageError
 from mlxflow.training.accumulation import Accumulator, RunParts, wait
-from mlxflow.training.batch_size import BatchSizes, MemoryUse
+from mlxflow.training.batch_size import BatchSizes
 from mlxflow.training.batches import Batches, TrainingData
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
 from mlxflow.training.memory_watch import MemoryWatch
@@ -119,7 +119,7 @@ class Trainer:
         self._pending: deque[_Pending] = deque()
         self._recorder = Recorder(self._facts, sizes, session.log)
         self._team = session.team
-        self._memory = MemoryWatch(sizes, session.memory_limit_bytes, self._most_used, self._facts.note_peak)
+        self._memory = MemoryWatch(sizes, session.memory_limit_bytes, self._facts.note_peak, self._team)
         self._snapshots = Snapshots(model, step, sizes, self._facts)
         self._batches = Batches(data, self._facts)
         parts = RunParts(step, sizes, self._memory, self._recorder, self._batches, self._facts)
@@ -251,13 +251,7 @@ class Trainer:
             self._recorder.write(decision.record())
 
     def _send_update(self, number: int, *, waits: bool, compiles: bool) -> None:
-        """Send one update to the device.
-
-        Args:
-            number: of the update.
-            waits: whether to wait for it.
-            compiles: whether something is compiled for it.
-        """
+        """Send one update to the device, and wait for it if asked."""
         facts, settings = self._facts, self._settings
         begin = time.perf_counter()
         summed = self._accumulator.accumulate(waits=waits)
@@ -278,11 +272,6 @@ class Trainer:
         self._team.beat("sum of gradients", waits=True)
         wait(what, self._facts)
         self._team.beat("update")
-
-    def _most_used(self, own: MemoryUse) -> MemoryUse:
-        """Return the memory of the rank that uses the largest share of its limit."""
-        everyone = [MemoryUse(*row) for row in self._team.exchange("reading of the memory", own).tolist()]
-        return max(everyone, key=lambda reading: reading.used)
 
     def _settle(self, ahead: int) -> None:
         """Wait for all updates except a few, read their figures, and write the records that are due.

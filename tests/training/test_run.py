@@ -16,7 +16,7 @@ from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
 from mlxflow.training import build
 from mlxflow.training import run as running
-from mlxflow.training.run import RunFiles, describe, exceeded_line, train
+from mlxflow.training.run import RunFiles, describe, exceeded_lines, train
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from tests.training.small_training import GB, small_model, small_rows
@@ -167,10 +167,10 @@ def test_a_peak_above_the_memory_limit_is_one_line(peak: int, is_said: bool, fil
     result = _train(files)[0]._replace(peak_memory_bytes=peak)
     assert result.memory_limit_bytes == GB
     names = SettingNames("train", "pretokenize.context_length", "workflow.memory_limit")
-    line = exceeded_line(result, build.Subject(small_model(), SETTINGS, 50, 8, names))
+    lines = exceeded_lines(result, build.Subject(small_model(), SETTINGS, 50, 8, names))
     expected = (
         "train: training took up to 1,000,000,001 bytes, more than the 1,000,000,000 allowed. "
         'Lower train.batch_size or pretokenize.context_length, set train.checkpointing = "layers" and '
         "train.fused_loss = true, or raise workflow.memory_limit."
     )
-    assert line == (expected if is_said else "")
+    assert lines == ([expected] if is_said else [])
