@@ -58,7 +58,7 @@ class MemoryThreshold:
 
         Args:
             peak_bytes: of the work.
-            active_bytes: after it; what is always held is no more than the least of these.
+            active_bytes: after it; the least of these is taken for what is always held.
         """
         self._lowest_active = min(self._lowest_active, active_bytes)
         if self._is_hopeless:
