@@ -29,9 +29,12 @@ _COLUMNS_AT_ONCE, _UPDATED_AT_ONCE = 256, 256
 # Columns that are updated one by one, not by products
 _COLUMNS_ALONE = 16
 
-# Rows that a thread compensates at a time at most, and threads at most: more of them wait for the interpreter. Neither
-# depends on the machine, since a product of another shape may round its sums differently
-_ROWS_AT_ONCE, _MOST_THREADS = 1024, 4
+#: Threads of a compensation at most: more of them wait for the interpreter.
+MOST_THREADS = 4
+
+# Rows that a thread compensates at a time at most. The parts do not depend on the machine, since a product of another
+# shape may round its sums differently
+_ROWS_AT_ONCE = 1024
 
 # Columns that are factored at a time, and columns, or rows, of the rest that are updated or copied at a time
 _PANEL, _STRIPE = 256, 1024
@@ -78,7 +81,7 @@ class Compensation:
         rows = weight.reshape(-1, width)
         scales, biases = (part.reshape(len(rows), -1) for part in grid)
         result = np.empty_like(rows)
-        step = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (_MOST_THREADS * width)))
+        step = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // (MOST_THREADS * width)))
 
         def compensate(begin: int) -> None:
             part = slice(begin, begin + step)
@@ -86,7 +89,7 @@ class Compensation:
             self._compensate(triangle, columns, scales[part], biases[part], nearest)
             result[part] = _transposed(columns)
 
-        with single_threaded() as count, ThreadPoolExecutor(min(count, _MOST_THREADS)) as threads:
+        with single_threaded() as count, ThreadPoolExecutor(min(count, MOST_THREADS)) as threads:
             for _ in threads.map(compensate, range(0, len(rows), step)):
                 pass  # an error in a thread is raised here
         return result.reshape(weight.shape)

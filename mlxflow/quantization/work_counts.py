@@ -1,16 +1,13 @@
 """The work of a quantization, counted from shapes: floating-point operations, and bytes of arrays held together."""
 
-import math
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from mlxflow.evaluation.slices import num_heads
 from mlxflow.quantization.block_method import TOKENS_PER_STEP
 from mlxflow.quantization.done_work import DoneWork
-from mlxflow.quantization.plan import quantizable_layers
+from mlxflow.quantization.host_pace import HostWork
+from mlxflow.quantization.model_shape import ModelShape
 from mlxflow.quantization.quantization_request import QuantizationRequest
 
 # Forward passes over the calibration rows that a method is worth, besides what is counted in detail
@@ -39,66 +36,19 @@ _TRAINING, _GRADIENT_SUMS, _DWQ_ROWS = 28, 16, 4
 # Bytes of the codes of a weight at a setting, and the most that a budget holds of a block; see `sensitivity`
 _CODES, _MOST_CODES = 0.65, 5 << 29
 
-# Width of an attention head where a model does not name their number
-_HEAD_WIDTH = 64
-
-
-class ModelShape(NamedTuple):
-    """The sizes of a model on which its quantization depends.
-
-    Attributes:
-        parameters: weights of the layers that can be quantized.
-        blocks: the same within the blocks.
-        num_blocks: of them.
-        num_bytes: of all parameters.
-        square_widths: sum over the layers of the squares of their widths.
-        cubic_widths: of their cubes.
-        hidden_size: D.
-        widest: inputs of the widest layer.
-        heads: of attention.
-        largest: weights of the largest layer.
-        vocab_size: V.
-    """
-
-    parameters: int
-    blocks: int
-    num_blocks: int
-    num_bytes: int
-    square_widths: float
-    cubic_widths: float
-    hidden_size: int
-    widest: int
-    heads: int
-    largest: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, model: nn.Module, vocab_size: int) -> "ModelShape":
-        """Return the sizes of a dense model; its weights may be lazy."""
-        shapes = {path: layer.weight.shape for path, layer in quantizable_layers(model).items()}
-        sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-        widths = [float(shape[-1]) for shape in shapes.values()]
-        inside = [path for path in sizes if ".layers." in path or path.startswith("layers.")]
-        return cls(
-            parameters=sum(sizes.values()),
-            blocks=sum(sizes[path] for path in inside),
-            num_blocks=max(1, len(getattr(model, "layers", None) or [])),
-            num_bytes=sum(value.nbytes for _, value in tree_flatten(model.parameters())),
-            square_widths=sum(width**2 for width in widths),
-            cubic_widths=sum(width**3 for width in widths),
-            hidden_size=int(min(widths, default=1)),
-            widest=int(max(widths, default=1)),
-            heads=num_heads(model) or max(1, int(min(widths, default=1)) // _HEAD_WIDTH),
-            largest=max(sizes.values(), default=0),
-            vocab_size=vocab_size,
-        )
-
 
 class QuantizationWork(NamedTuple):
-    """The work of a quantization: floating-point operations, and bytes of arrays held together."""
+    """The work of a quantization.
+
+    Attributes:
+        operations: floating-point operations of the device.
+        held_bytes: of arrays held together.
+        host: work on the CPU, also when the device is a GPU.
+    """
 
     operations: float
     held_bytes: float
+    host: HostWork
 
 
 def work_of(
@@ -141,7 +91,21 @@ def work_of(
         _measuring_bytes(shape, validation_rows * row_tokens),
         *held_models(request, shape, row_tokens=row_tokens, tokens=tokens, is_unusual=is_unusual).values(),
     )
-    return QuantizationWork(operations, held)
+    return QuantizationWork(operations, held, _host_work(request, shape, done))
+
+
+def _host_work(request: QuantizationRequest, shape: ModelShape, done: DoneWork) -> HostWork:
+    """Return the work on the CPU: of `error_compensation`, and of the three factorizations in mlx-lm's GPTQ."""
+    times = 1 - done.learned
+    if request.budget is not None:
+        pairs = len(request.budget.candidate_bits) * len(request.budget.candidate_group_sizes)
+        times += max(0.0, pairs - done.trials)
+    if request.method == "gptq":
+        return HostWork(times * 4 / 3 * shape.cubic_widths, 0.0, 0.0)
+    if request.method == "block":
+        work = shape.distinct_cubes / 3, shape.compensations, float(shape.parameters)
+        return HostWork(*(times * one for one in work))
+    return HostWork(0.0, 0.0, 0.0)
 
 
 def held_models(
@@ -190,7 +154,9 @@ def _method_operations(
 ) -> float:
     operations = _PASSES[request.method] * one_pass
     if request.method in ("gptq", "block"):
-        operations += 2.0 * tokens * shape.square_widths + 4.0 * shape.cubic_widths
+        operations += 2.0 * tokens * shape.square_widths
+    if request.method == "gptq":
+        operations += shape.compensations
     if request.method == "block":
         operations += shape.parameters * _ROUNDING + 6.0 * request.block_steps * TOKENS_PER_STEP * shape.blocks
     operations *= 1 - done.learned

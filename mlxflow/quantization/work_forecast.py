@@ -1,6 +1,7 @@
 """What a quantization will take, said before it starts: seconds and memory, from a short trial or from earlier runs.
 
-The work of a method is counted in floating-point operations, and a trial of this device's products gives seconds. How
+The work of a method is counted in floating-point operations, and a trial of this device's products gives seconds. What
+is computed on the CPU, also when the device is a GPU, is counted and tried by itself; see `host_pace`. How
 far a method is from that differs by device and model, so each finished run records by how much it missed, and later
 runs of the same method are predicted with it; the first one has a wide interval.
 """
@@ -21,10 +22,12 @@ from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.quantization.block_calls import find_blocks, kind_of_model
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.done_work import done_work
+from mlxflow.quantization.host_pace import HostWork, host_pace
 from mlxflow.quantization.memory_advice import memory_advice
+from mlxflow.quantization.model_shape import ModelShape
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
-from mlxflow.quantization.work_counts import ModelShape, held_models, work_of
+from mlxflow.quantization.work_counts import held_models, work_of
 from mlxflow.quantization.work_records import WorkRecord, read_records, write_records
 from mlxflow.storage.run_context import Context
 from mlxflow.training.progress import duration
@@ -90,6 +93,10 @@ def operations_per_second(width: int, dtype: mx.Dtype) -> float:
     return 2.0 * count * rows * 4 * width * width / seconds
 
 
+def _host_seconds(work: HostWork) -> float:
+    return work.seconds(host_pace()) if any(work) else 0.0
+
+
 @contextmanager
 def announced(
     request: QuantizationRequest, dense: DenseModel, tokens: TokenPair | None, context: Context
@@ -122,7 +129,7 @@ def announced(
     )
     work = counted_work(request)
     speed = operations_per_second(shape.hidden_size, dtype_of_products(request, dense.model))
-    counted = _FIXED_SECONDS + work.operations / speed
+    counted = _FIXED_SECONDS + work.operations / speed + _host_seconds(work.host)
     kind = f"{kind_of(request)} of a whole model" if unusual else kind_of(request)
     file, name = context.state / FILE, f"{kind} on {context.device} {compute_device.name()}"
     records = read_records(file)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from mlxflow.storage import atomic_folders, state_files
 
 # Of a file; raised when what is counted changes
-_FORMAT = 3
+_FORMAT = 4
 
 
 class WorkRecord(NamedTuple):

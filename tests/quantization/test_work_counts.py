@@ -5,10 +5,11 @@ import pytest
 
 from mlxflow.quantization.bit_allocation import BudgetRequest
 from mlxflow.quantization.done_work import DoneWork
+from mlxflow.quantization.model_shape import ModelShape
 from mlxflow.quantization.quality import QualityLimits
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.settings import Setting
-from mlxflow.quantization.work_counts import ModelShape, held_models, work_of
+from mlxflow.quantization.work_counts import held_models, work_of
 from tests.small_models import llama
 
 
@@ -39,15 +40,6 @@ def _work(method: str, *, is_unusual: bool = False, **changes: Any) -> Any:
     done = changes.pop("done", DoneWork())
     request = request_of(method, **changes)
     return work_of(request, _shape(), row_tokens=32, num_rows=64, validation_rows=8, is_unusual=is_unusual, done=done)
-
-
-def test_the_sizes_are_those_of_the_model() -> None:
-    shape = _shape()
-    assert shape.num_blocks == 2
-    assert shape.parameters - shape.blocks == 60 * 64  # the embedding, which is the head
-    assert shape.largest == 64 * 128
-    assert shape.hidden_size == 64
-    assert shape.num_bytes == 4 * (shape.parameters + 5 * 64)
 
 
 def test_a_cpu_counts_16_bit_models_as_it_computes_them_in_fp32() -> None:
@@ -88,6 +80,21 @@ def test_plans_of_a_budget_that_are_learned_are_not_counted() -> None:
     )
     assert none - all_four == pytest.approx(4 * (none - one))
     assert all_four > _work("gptq").operations  # gradients and the comparison of plans are still to be computed
+
+
+def test_work_on_the_cpu_is_counted_once_for_layers_that_share_their_inputs() -> None:
+    shape = _shape()
+    once, for_each = 64**3 * 3 + 128**3, 64**3 * 6 + 128**3  # attention, output, feed-forward: by inputs; by layers
+    assert shape.distinct_cubes == 2 * once + 64**3  # two blocks, and the head
+    assert shape.cubic_widths == 2 * for_each + 64**3
+    sizes = 64 * (shape.parameters - 2 * 64 * 128)
+    assert shape.compensations == sizes + 2 * 64 * 128 * 128
+    assert _work("block").host == (shape.distinct_cubes / 3, shape.compensations, shape.parameters)
+    assert _work("gptq").host == (pytest.approx(4 / 3 * shape.cubic_widths), 0, 0)
+    assert not any(_work("rtn").host + _work("awq").host + _work("dwq").host)
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+    assert _work("block", budget=budget).host == tuple(5 * one for one in _work("block").host)
+    assert not any(_work("block", done=DoneWork(1.0)).host)
 
 
 def test_more_work_takes_longer() -> None:
