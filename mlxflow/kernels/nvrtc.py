@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -27,6 +28,9 @@ from mlxflow.kernels import cache
 from mlxflow.storage.locks import device_lock
 
 _VERSIONS = ("13", "12")
+
+# Seconds that compilation beside other work may take; each program takes about a second of one core
+_MOST_SECONDS = 300.0
 
 _GATHERED: ContextVar[list[str] | None] = ContextVar("gathered", default=None)
 
@@ -78,7 +82,7 @@ def gathering() -> Iterator[list[str]]:
 def compiling_at_once(texts: Iterable[str]) -> Iterator[None]:
     """Compile programs into the cache while the block runs, in one process a CPU core.
 
-    A program that does not compile is reported when it is used.
+    A program that does not compile is reported when it is used. Processes that take more than five minutes are ended.
 
     Args:
         texts: the programs.
@@ -105,7 +109,17 @@ def compiling_at_once(texts: Iterable[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for process in started:
+        _wait(started)
+
+
+def _wait(processes: Sequence["subprocess.Popen[str]"]) -> None:
+    """Wait for processes that compile; end those that hang: what they leave is compiled when it is used."""
+    end = time.monotonic() + _MOST_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()
 
 

@@ -1,6 +1,7 @@
 """Programs for CUDA are compiled here too, where there is NVIDIA's compiler: it needs no GPU."""
 
 import os
+import signal
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -223,3 +224,12 @@ def test_programs_that_are_cached_or_cannot_be_cached_are_not_compiled_ahead(
     with nvrtc.compiling_at_once(programs):
         pass
     assert all(nvrtc.compiled(text) for text in programs)
+
+
+def test_processes_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "_MOST_SECONDS", 0.1)
+    hanging = subprocess.Popen(["sleep", "60"], text=True)
+    done = subprocess.Popen(["true"], text=True)
+    nvrtc._wait([hanging, done])
+    assert hanging.returncode == -signal.SIGKILL
+    assert done.returncode is not None
