@@ -86,7 +86,8 @@ def _forecast(names: Sequence[str]) -> None:
         for job in needed & JOBS.keys():
             subprocess.run([sys.executable, __file__, "make", job, str(place / job)], check=True)
         folders = {job: place / job / "model" for job in needed & JOBS.keys()}
-        finetune_forecast.main(list(names), {"dense": smollm2_folder(), **folders})
+        dense = {"dense": smollm2_folder()} if "dense" in needed else {}
+        finetune_forecast.main(list(names), dense | folders)
 
 
 def _folder_name(job: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
     from mlxflow.device import compute_device, cpu_backend
     from mlxflow.stages import train
     from mlxflow.training.forecast import forecast
-    from mlxflow.workflow.execution import limit_memory
+    from mlxflow.workflow.execution import limit_memory, observe_inputs
 
     for path in (inputs.train, inputs.validation, *inputs.tokenizer):
         if not path.exists():
@@ -96,6 +97,8 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
         validation = TokenFile.open(inputs.validation).rows
         before = time.time() - psutil.Process().create_time()
         expected = forecast(request, tokens, validation, context, before_seconds=before)
+    with suppress(ArtifactError):  # of an input that a training alone reads
+        observe_inputs(workflow, stage)  # the training that follows need not read large files for their digests
     if expected.peak_bytes is None:
         write_markdown(
             f"{stage.task}: does not fit: a quarter of a pass of {expected.tokens:,} tokens ends in an error. "

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.device import compute_device
@@ -53,6 +54,7 @@ def teacher_of(dense: DenseModel, rows: Rows, *, masks_documents: bool, context:
         "masks": masks_documents,
         "likeliest": _LIKELIEST,
         "dtype": computed_dtype(),
+        "weights": _dtypes_of(dense.model),
         "device": [context.device, compute_device.name()],
         "versions": [context.provenance["mlx"], context.provenance["mlxflow"]],
     }
@@ -68,6 +70,11 @@ def teacher_of(dense: DenseModel, rows: Rows, *, masks_documents: bool, context:
         file=file,
         metadata=metadata | {"teacher.text": text.hexdigest()},
     )
+
+
+def _dtypes_of(model: nn.Module) -> list[str]:
+    """Return the dtypes of a model's weights, which `quantize.dtype` casts."""
+    return sorted({str(value.dtype) for _, value in tree_flatten(model.parameters())})
 
 
 def taught_rows(

@@ -59,7 +59,7 @@ def execute_stage(workflow: Workflow, stage: Stage, into: Path | None = None, ha
     if into is None:
         stage_tracking.require_trackers(workflow)
     if stage.ranks > 1 and rank.size == 1:
-        _observe_inputs(workflow, stage)  # reports missing files once, and saves their digests for the ranks
+        observe_inputs(workflow, stage)  # reports missing files once, and saves their digests for the ranks
         ranked_execution.run_ranks(workflow, stage, into, handover)
         return into or workflow.root / stage.folder
     if getattr(stage.module, "USES_DEVICE", True):
@@ -81,7 +81,7 @@ def _run(
         if workflow.settings.threads:
             cpu_backend.fix_threads(workflow.settings.threads, key="workflow.threads")
         cpu_backend.prepare()
-    digests, identities = _observe_inputs(workflow, stage)
+    digests, identities = observe_inputs(workflow, stage)
     settings = stage.settings() | compute_device.environment(stage.bound_device)
     if handover:
         handover.check(stage.task, settings, identities)
@@ -142,8 +142,12 @@ def _prepare_scratch(folder: Path, rank: Rank) -> Path:
     return unfinished
 
 
-def _observe_inputs(workflow: Workflow, stage: Stage) -> tuple[ObservedInputs, dict[str, str]]:
-    """Return the current digests of the inputs, and the identity of each by name."""
+def observe_inputs(workflow: Workflow, stage: Stage) -> tuple[ObservedInputs, dict[str, str]]:
+    """Return the current digests of the inputs, and the identity of each by name; what was read is saved.
+
+    Raises:
+        ArtifactError: inputs are missing or damaged.
+    """
     digests = ObservedInputs(workflow.state / layout.DIGESTS)
     try:
         return digests, _identify_inputs(workflow, stage, digests)

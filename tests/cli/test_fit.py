@@ -51,6 +51,8 @@ def test_fit_says_what_a_training_will_take_before_its_model_exists(
     (tmp_path / "artifacts").mkdir()
     for name in ("workflow.toml", "notes", "artifacts/pretokenize"):
         (tmp_path / name).symlink_to(built / name)
+    state = tmp_path / "artifacts/.mlxflow"
+    state.mkdir()
     result = mlxflow(tmp_path, "fit", "train")
     assert result.returncode == 0, result.stderr
     found = re.fullmatch(
@@ -63,4 +65,6 @@ def test_fit_says_what_a_training_will_take_before_its_model_exists(
     predicted = float(found[1].replace(",", "")) * 1e6
     assert float(found[3].replace(",", "")) >= float(found[4]) + int(found[2]) * float(found[5]) * 0.5
     assert 0.5 * trained < predicted < 2 * trained  # a tiny model: buffers of a step in flight are a large part
-    assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == ["pretokenize"]
+    assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == [".mlxflow", "pretokenize"]
+    # the training that follows need not read its inputs for their digests
+    assert "pretokenize/train.safetensors" in (state / "digests.json").read_text()

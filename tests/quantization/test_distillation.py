@@ -49,3 +49,12 @@ def test_too_large_distributions_are_computed_in_every_step(job: Job, monkeypatc
     running = job.run(**table)
     assert "teacher" not in running
     assert running["quality"]["kl"] == pytest.approx(cached["quality"]["kl"], rel=0.1)
+
+
+def test_variants_with_weights_of_other_dtypes_have_distributions_of_their_own(job: Job) -> None:
+    table = {"method": "qat", "bits": 2, "distill": True, "num_steps": 2, "batch_size": 4, "max_validation_rows": 4}
+    counts = []
+    for dtype in ("fp32", "bf16", "fp32"):
+        job.run(**table, dtype=dtype)
+        counts.append(len(list(job.folder.rglob(f"{distillation.FOLDER}/*.safetensors"))))
+    assert counts == [1, 2, 2]
