@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages import terminal
-from mlxflow.models import tokenizer_files
+from mlxflow.models import model_folder, tokenizer_files
 from mlxflow.quantization import plan as plans
 from mlxflow.quantization.aware_training import RoundedTraining, train_rounded
 from mlxflow.quantization.block_method import BlockErrors
@@ -16,8 +16,9 @@ from mlxflow.quantization.judged_text import QuantizationTexts, describe_texts, 
 from mlxflow.quantization.learning import calibration_rows, learn_layers
 from mlxflow.quantization.plan_choice import choose
 from mlxflow.quantization.progress import show_layers
-from mlxflow.quantization.quality import measure_quality
+from mlxflow.quantization.quality import evaluated, measure_quality
 from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.rounding_check import CHECKED_ROWS, check_rounding
 from mlxflow.quantization.scale_tuning import TunedScales
 from mlxflow.quantization.streaming_export import Exported, export
 from mlxflow.quantization.work_forecast import announced
@@ -116,7 +117,10 @@ def _run(
     quality = measure_quality(
         dense.folder, tokens.validation, layers=plan.layers, limits=request.limits, texts=texts, context=context
     )
-    warnings = [*_warnings(request, tokens, texts, quality, context.task)]
+    warnings = [
+        *_losses_of_rounding(request, dense, plan, tokens, context),
+        *_warnings(request, tokens, texts, quality, context.task),
+    ]
     for warning in warnings:
         terminal.say(warning)
     return QuantizationResult(
@@ -131,6 +135,35 @@ def _warnings(
     learns_text = request.training is not None and not request.training.distills
     yield from text_warnings(texts, task=task, perplexity_increase=quality.perplexity_increase, learns_text=learns_text)
     yield from _shortage(request, tokens.train, task)
+
+
+def _losses_of_rounding(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    plan: plans.QuantizationPlan,
+    tokens: TokenPair,
+    context: Context,
+) -> Iterator[str]:
+    """Yield a warning if the written model is worse than the same plan by rounding, which the method began with."""
+    if request.method == "rtn":
+        return
+    by_text = request.training is not None and not request.training.distills
+    rows = tokens.validation.rows.head(request.limits.max_rows)
+    found = check_rounding(
+        dense._replace(rotation=None).reopened,
+        lambda: evaluated(model_folder.load(context.folder, lazy=True)[0]),
+        plan.layers,
+        rows,
+        folder=context.unfinished / "rounding",
+        by_text=by_text,
+    )
+    if found.is_worse:
+        what = "loss on the text" if by_text else "divergence from the dense model"
+        yield (
+            f"{context.task}: {request.method} is worse than rounding to nearest: its {what} is {found.learned:.4g} "
+            f"nats, that of rounding {found.rounded:.4g} ({min(rows.num_rows, CHECKED_ROWS)} validation rows). "
+            f'Set {context.task}.method = "rtn", or calibrate on more text of this kind.'
+        )
 
 
 def _shortage(request: QuantizationRequest, tokens: TokenFile, task: str) -> Iterator[str]:

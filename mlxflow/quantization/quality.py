@@ -70,7 +70,7 @@ def measure_quality(
         StageError: a limit is exceeded (names the worst layers), or a result is not finite.
     """
     task = context.task
-    model = StreamedModel(lambda: _evaluated(model_folder.load(context.folder, lazy=True)[0]))
+    model = StreamedModel(lambda: evaluated(model_folder.load(context.folder, lazy=True)[0]))
     rows = validation.rows.head(limits.max_rows)
     masks = document_mask.masks_conversations(model.model, validation, passes=model.passes)
     cache_folder = context.state / _KEPT_FOLDER
@@ -131,10 +131,10 @@ def _reference_key(dense: Path, validation: Path, num_rows: int, *, masks: bool,
 
 
 def _open_dense(folder: Path) -> nn.Module:
-    return _evaluated(quantized_layers.made_dense(*model_folder.load(folder, lazy=True))[0])
+    return evaluated(quantized_layers.made_dense(*model_folder.load(folder, lazy=True))[0])
 
 
-def _evaluated(model: nn.Module) -> nn.Module:
+def evaluated(model: nn.Module) -> nn.Module:
     """Return a model with lazy weights as it is evaluated, one block at a time."""
     return quantized_layers.for_evaluation(model, reads_blocks=True)
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from mlxflow.data.token_file import Rows
 from mlxflow.evaluation.dense_reference import Reference, cached_reference
-from mlxflow.evaluation.kl_divergence import measure_divergence
+from mlxflow.evaluation.kl_divergence import compare_positions
 from mlxflow.evaluation.streamed_model import StreamedModel
 from mlxflow.models.fp32_on_cpu import loading_in_fp32_on_cpu
 from mlxflow.quantization.codec import Packed
@@ -58,8 +60,23 @@ class StoredDivergence:
             plan: module path to setting.
             stored: codes of these layers.
         """
-        model = StreamedModel(loading_in_fp32_on_cpu(with_codes(load, plan, stored.unread)))
-        lost = measure_divergence(self._reference, model, self._rows, batch_size=_BATCH_SIZE, masks_documents=False).kl
+        mean = self.columns_of_codes(load, plan, stored)[2].mean()
+        return float(np.maximum(0.0, mean))  # rounding may give less; a NaN stays one
+
+    def columns_of_codes(
+        self, load: Callable[[], nn.Module], plan: Mapping[str, Setting], stored: CodesOnDisk
+    ) -> NDArray[np.float64]:
+        """Return what the model of `of` and the dense one give at each target; see `compare_positions`."""
+        return self.columns(with_codes(load, plan, stored.unread))
+
+    def columns(self, load: Callable[[], nn.Module]) -> NDArray[np.float64]:
+        """Return what a model and the dense one give at each target; see `compare_positions`.
+
+        Args:
+            load: returns the model in eval mode, with lazy weights of its own.
+        """
+        model = StreamedModel(loading_in_fp32_on_cpu(load))
+        found = compare_positions(self._reference, model, self._rows, batch_size=_BATCH_SIZE, masks_documents=False)
         del model
         gc.collect()  # embedding and head in reference cycles, before the next model has its own
-        return lost
+        return found

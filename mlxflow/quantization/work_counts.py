@@ -9,6 +9,7 @@ from mlxflow.quantization.done_work import DoneWork
 from mlxflow.quantization.host_pace import HostWork
 from mlxflow.quantization.model_shape import ModelShape
 from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.rounding_check import CHECKED_ROWS
 
 # Forward passes over the calibration rows that a method is worth, besides what is counted in detail
 _PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 6, "block": 6, "qat": 0}
@@ -77,6 +78,7 @@ def work_of(
     own = _method_operations(request, shape, one_pass, tokens, row_tokens, num_rows)
     left = _method_operations(request, shape, one_pass, tokens, row_tokens, num_rows, done)
     operations = left + shape.parameters * _PACKING + 4.0 * shape.parameters * validation_rows * row_tokens
+    operations += 6.0 * shape.parameters * _checked_rows(request, validation_rows) * row_tokens
     operations += _logit_operations(request, tokens, row_tokens, validation_rows, done) * shape.vocab_size
     operations += (request.rotations + 2) * one_pass if request.rotations else 0.0
     if request.budget is not None:
@@ -176,7 +178,7 @@ def _logit_operations(
     request: QuantizationRequest, tokens: int, row_tokens: int, validation_rows: int, done: DoneWork
 ) -> float:
     """Return the operations on the logits of all positions, for each entry of the vocabulary."""
-    compared, trained = validation_rows * row_tokens, 0.0
+    compared, trained = (validation_rows + 2 * _checked_rows(request, validation_rows)) * row_tokens, 0.0
     if request.rotations:
         compared += (request.rotations + 1) * tokens
     if request.budget is not None:
@@ -191,6 +193,11 @@ def _logit_operations(
         steps = settings.num_steps - done.training_steps
         trained += steps * settings.rows_per_step * row_tokens * (2 if request.training.distills else 1)
     return float(_COMPARING * compared + _TRAINING_LOSS * trained)
+
+
+def _checked_rows(request: QuantizationRequest, validation_rows: int) -> int:
+    """Return the rows on which a learned model is compared with rounding: three models run on them."""
+    return 0 if request.method == "rtn" else min(CHECKED_ROWS, validation_rows)
 
 
 def _learning_bytes(request: QuantizationRequest, shape: ModelShape, tokens: int, row_tokens: int) -> float:

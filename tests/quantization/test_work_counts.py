@@ -63,7 +63,9 @@ def test_what_an_interrupted_run_has_done_is_not_counted() -> None:
         _work("block", scale_steps=10, done=DoneWork(*done)) for done in [(0.0, 0), (0.5, 0), (1.0, 10)]
     )
     assert whole.operations > half.operations > all_of_it.operations
-    assert all_of_it.operations == _work("rtn").operations
+    # what a learned model takes beside rounding: its comparison with that, three models on eight rows
+    check = 6 * _shape().parameters * 8 * 32 + 10_000 * 60 * 2 * 8 * 32
+    assert all_of_it.operations == _work("rtn").operations + check
     assert whole.held_bytes == half.held_bytes == all_of_it.held_bytes  # a run that is resumed holds the same arrays
     blocks = _work("block", scale_steps=10).operations - _work("block", scale_steps=10, done=DoneWork(1.0)).operations
     assert whole.operations - half.operations == pytest.approx(blocks / 2)
@@ -122,10 +124,12 @@ def test_logits_that_are_compared_or_trained_on_take_time() -> None:
         return many.operations - few.operations
 
     compared = 10_000 * 1000 * 8 * 32  # the quality loss
-    assert added() == added(method="gptq") == compared
+    assert added() == compared
+    learned = 3 * compared  # and again, with the rounded model
+    assert added(method="gptq") == learned
     assert added(rotations=2) == compared * (1 + 3 * 2)  # twice as many calibration rows, three models
     assert all(added(**one) > compared for one in ({"method": "dwq"}, {"budget": budget}))
-    assert added(method="block", scale_steps=4) > added(method="block") == compared
+    assert added(method="block", scale_steps=4) > added(method="block") == learned
 
 
 def test_held_memory_follows_one_block_and_not_their_number() -> None:

@@ -27,6 +27,7 @@ from mlxflow.messages.errors import ArtifactError, StageError, UserError, Workfl
 from mlxflow.models import model_folder
 from mlxflow.models.model_folder import load
 from mlxflow.models.quantized_layers import dense_weights, for_evaluation
+from mlxflow.quantization import calibrated
 from mlxflow.quantization import job as quantization_job
 from mlxflow.quantization.aware_training import suited
 from mlxflow.quantization.table_requests import written_settings
@@ -636,6 +637,27 @@ def test_fewer_calibration_rows_than_requested_are_a_warning(job: Job) -> None:
     assert report["warnings"][-1] == (
         f"quantize.calibration_rows = 100000: pretokenize has {rows} training rows, and the method learned these. "
         "Add text to its sources, or lower the number."
+    )
+
+
+def test_a_method_that_is_worse_than_rounding_is_a_warning(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "warnings" not in job.run(method="gptq", bits=4, max_validation_rows=64)
+    plain = calibrated.learn
+
+    def spoilt(*arguments: Any, **settings: Any) -> Any:
+        learned = plain(*arguments, **settings)
+        return {path: codes._replace(scales=codes.scales * 2) for path, codes in learned.items()}
+
+    monkeypatch.setattr(calibrated, "learn", spoilt)
+    (warning,) = job.run(method="gptq", bits=4, max_validation_rows=64, calibration_rows=8)["warnings"]
+    assert warning in capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"quantize: gptq is worse than rounding to nearest: its divergence from the dense model is [\d.]+ nats, "
+        r"that of rounding [\d.]+ \(16 validation rows\)\. "
+        r'Set quantize\.method = "rtn", or calibrate on more text of this kind\.',
+        warning,
     )
 
 
