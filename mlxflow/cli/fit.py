@@ -105,10 +105,12 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
             f"{expected.advice}\n"
         )
         return
-    fits = expected.peak_bytes <= limit
-    judged, advice = ("fits", "") if fits else ("does not fit", f"{expected.advice}\n")
+    fits = expected.least_bytes <= limit
+    advice = "" if fits else f"{expected.advice}\n"
+    waiting = f", {expected.least_bytes / 1e6:,.1f} MB if the host waits for the device"
     write_markdown(
-        f"{stage.task}: {judged}: {expected.peak_bytes / 1e6:,.1f} MB in a pass of {expected.tokens:,} tokens; "
+        f"{stage.task}: {'fits' if fits else 'does not fit'}: {expected.peak_bytes / 1e6:,.1f} MB in a pass of "
+        f"{expected.tokens:,} tokens{waiting if fits and expected.peak_bytes > limit else ''}; "
         f"limit {limit / 1e6:,.0f} MB\n"
         f"{advice}"
         f"{expected.seconds.steps:,} steps: {_described(expected.seconds)}\n"

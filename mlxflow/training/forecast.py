@@ -73,6 +73,8 @@ class Forecast(NamedTuple):
         tokens: of a pass.
         note: what trials chose; empty if they chose nothing.
         advice: what to do if it does not fit.
+        waiting_bytes: the peak if the host waits for the device, as it does to stay within the memory limit; 0 if
+            that is not known.
     """
 
     peak_bytes: float | None
@@ -80,6 +82,12 @@ class Forecast(NamedTuple):
     tokens: int
     note: str = ""
     advice: str = ""
+    waiting_bytes: float = 0.0
+
+    @property
+    def least_bytes(self) -> float:
+        """The memory that a training needs, with a host that waits; 0 if not even a part of a pass fits."""
+        return self.waiting_bytes or self.peak_bytes or 0.0
 
 
 def forecast(
@@ -114,7 +122,7 @@ def forecast(
     start_seconds = before_seconds + ready - begin
     in_validation = traced is not None and traced.is_of_validation
     advice = memory_advice(settings, subject.names, rows=rows.num_rows, in_validation=in_validation)
-    fits = traced is not None and traced.peak_bytes <= context.memory_limit_bytes
+    fits = traced is not None and traced.least_bytes <= context.memory_limit_bytes
     whole = try_step(subject, kernels, rows, least_seconds=_TIMED_SECONDS) if fits else None
     few, many = (whole, whole) if whole else (try_step(subject, kernels, part_of(rows, share)) for share in (4, 2))
     if few is None:
@@ -131,7 +139,7 @@ def forecast(
         writing=_writing_seconds(request, subject, many.state_bytes, context),
     )
     peak = traced.peak_bytes if traced else _peak(few, many, count)
-    return Forecast(peak, seconds, count, note, advice)
+    return Forecast(peak, seconds, count, note, advice, traced.least_bytes if traced else 0.0)
 
 
 def num_validations(settings: TrainingSettings) -> int:

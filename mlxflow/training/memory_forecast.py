@@ -29,6 +29,9 @@ from mlxflow.training.validation_memory import validation_peak_bytes
 # Command buffers of a GPU end after some bytes, too, and large arrays fill them at once.
 _AHEAD = {"cpu": Ahead(100, 10), "gpu": Ahead(40)}
 
+# And above MLX's memory limit, where it waits for the tasks under way; the dispatches of one may not be done
+_WAITING = {"cpu": Ahead(10), "gpu": Ahead(10)}
+
 
 class MemoryForecast(NamedTuple):
     """The predicted memory of a training.
@@ -37,11 +40,19 @@ class MemoryForecast(NamedTuple):
         peak_bytes: of MLX's arrays, with weights and the optimizer's state.
         tokens: of a pass.
         validation_bytes: the peak in a validation alone.
+        waiting_bytes: the peak with a host that waits for the device, as it does to stay within the memory limit; 0 if
+            that is not known.
     """
 
     peak_bytes: int
     tokens: int
     validation_bytes: int = 0
+    waiting_bytes: int = 0
+
+    @property
+    def least_bytes(self) -> int:
+        """The memory that a training needs, with a host that waits."""
+        return self.waiting_bytes or self.peak_bytes
 
     @property
     def is_of_validation(self) -> bool:
@@ -60,6 +71,9 @@ class MemoryForecast(NamedTuple):
         peak = f"about {show_bytes(self.peak_bytes)} in {where}"
         if self.peak_bytes <= limit_bytes:
             return f"{peak}: fits into the {show_bytes(limit_bytes)} allowed"
+        if self.least_bytes <= limit_bytes:
+            waiting = f"{show_bytes(self.least_bytes)} if the host waits for the device"
+            return f"{peak}, {waiting}: fits into the {show_bytes(limit_bytes)} allowed, more slowly"
         return f"{peak}: does not fit into the {show_bytes(limit_bytes)} allowed. {advice}"
 
     def advice(self, subject: build.Subject, rows: Rows) -> str:
@@ -90,17 +104,19 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
 def _forecast(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast:
     with restored(subject.model), build.ready_step(subject, kernels) as step:
         graph, held, changed = _graph_of(step, subject, rows)
-    ahead = _AHEAD["cpu" if mx.default_device() == mx.cpu else "gpu"]
+    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
+    aheads = (_AHEAD[device], _WAITING[device])
     of_validation = validation_peak_bytes(
         subject.model,
         rows,
         held + sum(dict(changed.values()).values()),
         batch_size=subject.settings.batch_size,
         masks_documents=subject.settings.masks_documents,
-        ahead=ahead,
+        aheads=aheads,
     )
-    peak = max(graph_memory.peak_bytes(graph, held, changed, ahead=ahead), of_validation)
-    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation)
+    of_step = [graph_memory.peak_bytes(graph, held, changed, ahead=ahead) for ahead in aheads]
+    peak, waiting = (max(pair) for pair in zip(of_step, of_validation, strict=True))
+    return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation[0], waiting)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 A validation is not compiled: its operations are neither merged nor fused, and the host sends all of a pass ahead.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,9 +22,9 @@ from mlxflow.training.graph_memory import Ahead
 
 
 def validation_peak_bytes(
-    model: nn.Module, rows: Rows, held_bytes: int, *, batch_size: int, masks_documents: bool, ahead: Ahead
-) -> int:
-    """Return the predicted peak of MLX's arrays in a validation.
+    model: nn.Module, rows: Rows, held_bytes: int, *, batch_size: int, masks_documents: bool, aheads: Sequence[Ahead]
+) -> list[int]:
+    """Return the predicted peaks of MLX's arrays in a validation, one for each distance of the host.
 
     Args:
         model: in training; as before afterwards.
@@ -31,7 +32,7 @@ def validation_peak_bytes(
         held_bytes: of the weights and the optimizer's state.
         batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
-        ahead: see `graph_memory.peak_bytes`.
+        aheads: see `graph_memory.peak_bytes`.
 
     Raises:
         ValueError: the model uses an operation that cannot be traced.
@@ -49,17 +50,17 @@ def validation_peak_bytes(
         def losses(states: mx.array, targets: mx.array) -> mx.array:
             return token_losses(body, states, targets)
 
-        of_body, states = _peak(model, hidden, [marks, tokens], held_bytes, ahead)
+        of_body, states = _peak(model, hidden, [marks, tokens], held_bytes, aheads)
         chosen = states[: positions_of_a_slice(body, states)]
         targets = mx.zeros(len(chosen), mx.int32)
-        of_head, _ = _peak(model, losses, [chosen, targets], held_bytes + states.nbytes, ahead)
-    return max(of_body, of_head)
+        of_head, _ = _peak(model, losses, [chosen, targets], held_bytes + states.nbytes, aheads)
+    return [max(pair) for pair in zip(of_body, of_head, strict=True)]
 
 
 def _peak(
-    model: nn.Module, function: Any, arguments: list[mx.array], held_bytes: int, ahead: Ahead
-) -> tuple[int, mx.array]:
-    """Return the peak of a function of arrays and the model's weights, and zeros in the shape of its result."""
+    model: nn.Module, function: Any, arguments: list[mx.array], held_bytes: int, aheads: Sequence[Ahead]
+) -> tuple[list[int], mx.array]:
+    """Return the peaks of a function of arrays and the model's weights, and zeros in the shape of its result."""
     weights = dict(tree_flatten(model.parameters()))
     results: list[mx.array] = []
 
@@ -74,4 +75,5 @@ def _peak(
         model.update(tree_unflatten(list(weights.items())))
     graph = Graph(traced.operations, [value.name for value in traced.outputs])
     shape, dtype = results[0].shape, results[0].dtype
-    return graph_memory.peak_bytes(graph, held_bytes, {}, ahead=ahead), mx.zeros(shape, dtype)
+    peaks = [graph_memory.peak_bytes(graph, held_bytes, {}, ahead=ahead) for ahead in aheads]
+    return peaks, mx.zeros(shape, dtype)

@@ -1,10 +1,13 @@
 import re
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlxflow.__main__ import main
 from mlxflow.storage.report_files import read_report
+from mlxflow.training import forecast
 from tests.conftest import mlxflow
 
 
@@ -68,3 +71,44 @@ def test_fit_says_what_a_training_will_take_before_its_model_exists(
     assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == [".mlxflow", "pretokenize"]
     # the training that follows need not read its inputs for their digests
     assert "pretokenize/train.safetensors" in (state / "digests.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("limit", "line"),
+    [
+        ("4 GB", "train: fits: 3,200.0 MB in a pass of 1,024 tokens; limit 4,000 MB"),
+        (
+            "3 GB",
+            "train: fits: 3,200.0 MB in a pass of 1,024 tokens, 2,100.0 MB if the host waits for the device; "
+            "limit 3,000 MB",
+        ),
+        ("2 GB", "train: does not fit: 3,200.0 MB in a pass of 1,024 tokens; limit 2,000 MB"),
+    ],
+)
+def test_fit_says_whether_a_training_fits_if_the_host_waits(
+    built: Path,
+    tmp_path: Path,
+    limit: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def known(*_: Any, **__: Any) -> forecast.Forecast:
+        return forecast.Forecast(3.2e9, forecast.Seconds(1, 2, 3, 4, 5, 6), 1024, "", "Lower it.", 2.1e9)
+
+    (tmp_path / "artifacts").mkdir()
+    for name in ("notes", "artifacts/pretokenize"):
+        (tmp_path / name).symlink_to(built / name)
+    text = (built / "workflow.toml").read_text()
+    changed = re.sub(r"(?m)^\[workflow\]$", f'[workflow]\nmemory_limit = "{limit}"', text, count=1)
+    (tmp_path / "workflow.toml").write_text(changed)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forecast, "forecast", known)
+    before = mx.get_memory_limit()
+    try:
+        assert main(["fit", "train"]) == 0
+    finally:
+        mx.set_memory_limit(before)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == line
+    assert (said[1] == "Lower it.") == (limit == "2 GB")

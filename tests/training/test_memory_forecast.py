@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import Rows
-from mlxflow.device import phase_peaks
+from mlxflow.device import memory_limit, phase_peaks
 from mlxflow.kernels import model_kernels
 from mlxflow.training import build, memory_forecast
 from mlxflow.training.checkpoints import CheckpointStore
@@ -243,3 +243,20 @@ def test_the_line_says_whether_it_fits() -> None:
     assert expected.line(2 * 10**9, advice="Lower it.") == (
         "about 3.21 GB in a step with passes of 8,192 tokens: does not fit into the 2.00 GB allowed. Lower it."
     )
+    waiting = expected._replace(waiting_bytes=1_900_000_000)
+    assert waiting.line(2 * 10**9, advice="Lower it.") == (
+        "about 3.21 GB in a step with passes of 8,192 tokens, 1.90 GB if the host waits for the device: fits into the "
+        "2.00 GB allowed, more slowly"
+    )
+    assert waiting.line(18 * 10**8, advice="Lower it.").endswith("does not fit into the 1.80 GB allowed. Lower it.")
+
+
+def test_a_training_keeps_within_what_it_takes_if_the_host_waits() -> None:
+    """MLX's limit is lowered as a training does it; far ahead, the host holds twice as much."""
+    subject = _subject("lora", bits=4, num_layers=4, checkpoint_every=1)
+    expected = forecast_memory(subject, NONE, _rows())
+    assert expected.waiting_bytes < 0.6 * expected.peak_bytes
+    with memory_limit.lowered() as lower:
+        lower(mx.get_active_memory())  # the host waits after each operation that it can wait for
+        measured = _measured(subject)
+    assert measured <= 1.05 * expected.waiting_bytes

@@ -29,9 +29,10 @@ def test_the_peak_of_a_validation_is_predicted_within_10_percent(bits: int, mask
     rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
     gc.collect()  # models of other tests
     held = mx.get_active_memory()
-    expected = validation_peak_bytes(
-        model, rows, held, batch_size=2, masks_documents=masks_documents, ahead=Ahead(100, 10)
+    expected, waiting = validation_peak_bytes(
+        model, rows, held, batch_size=2, masks_documents=masks_documents, aheads=[Ahead(100, 10), Ahead(10, 10)]
     )
+    assert held < waiting <= expected
     assert model.training
     with phase_peaks.followed() as peak:
         measure_perplexity(model, rows, batch_size=2, masks_documents=masks_documents)
