@@ -17,7 +17,6 @@ from mlxflow.quantization.mlx_lm_patches import (
     numpy_random_kept,
     packed_layer,
     packed_layers,
-    quiet,
     recomputing_blocks,
 )
 from mlxflow.quantization.plan import quantizable_layers
@@ -120,7 +119,7 @@ def _train(
 ) -> None:
     """Train the scales of the student in a dtype; the settings are those of `resumable_dwq.train`."""
     rows = [(row, 0) for row in numpy_of(tokens).tolist()]
-    with numpy_random_kept(), quiet():
+    with numpy_random_kept():
         train(student, lambda batch: _logits(teacher, batch, dtype), rows, dtype=dtype, saves=saves, **settings)
 
 

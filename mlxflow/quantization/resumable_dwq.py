@@ -15,6 +15,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxflow.ops import patching
+from mlxflow.quantization.mlx_lm_patches import quiet
 from mlxflow.quantization.tuning_saves import TuningSaves, TuningState
 
 _TRAINED, _AVERAGES = "trained.", "optimizer."
@@ -57,7 +58,7 @@ def train(
         optimizer.note()
         return logits(batch)
 
-    with without_first_batches(training, saves.first), saves.saving_on_signals():
+    with without_first_batches(training, saves.first), saves.saving_on_signals(), quiet():
         dwq.dwq_quantize(
             student,
             targets,

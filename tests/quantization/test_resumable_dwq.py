@@ -35,7 +35,7 @@ def _models() -> tuple[nn.Module, nn.Module]:
 
 def _trained(saves: TuningSaves, logits: Any = None) -> dict[str, mx.array]:
     student, dense = _models()
-    with numpy_random_kept(), quiet():
+    with numpy_random_kept():
         train(
             student,
             logits or dense,
@@ -85,7 +85,7 @@ def test_without_a_state_it_is_mlx_lms_function(whole: dict[str, mx.array]) -> N
 
 @pytest.mark.parametrize("steps", [1, 3, TOTAL])
 def test_an_interrupted_training_goes_on_to_the_same_bytes(
-    whole: dict[str, mx.array], tmp_path: Path, steps: int
+    whole: dict[str, mx.array], tmp_path: Path, steps: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, dense = _models()
     calls: Iterator[int] = iter(range(100))
@@ -98,6 +98,11 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
 
     with pytest.raises(KeyboardInterrupt):
         _trained(_saves(tmp_path), interrupting)
+    # mlx-lm's own lines are not printed
+    assert capsys.readouterr() == (
+        "",
+        f"quantize: stopped after step {steps} of {TOTAL} of the tuning; the next run resumes from there\n",
+    )
     second = _saves(tmp_path)
     assert second.first == steps
     _assert_equal(_trained(second), whole)
