@@ -134,7 +134,8 @@ def held_models(
     if request.method == "dwq":
         found["dwq"] = _recomputed_tuning_bytes(shape, _DWQ_ROWS * row_tokens, row_tokens)
     if request.method == "block" and request.scale_steps:
-        found["scale_steps"] = _recomputed_tuning_bytes(shape, min(TOKENS_PER_STEP, tokens), row_tokens)
+        positions = min(TOKENS_PER_STEP, tokens)
+        found["scale_steps"] = _recomputed_tuning_bytes(shape, positions, row_tokens, on_cpu=28.0)
     if request.training is not None:
         positions = request.training.settings.batch_size * row_tokens
         if request.training.trains == "scales":
@@ -276,10 +277,17 @@ def _tuning_bytes(shape: ModelShape, positions: int, row_tokens: int) -> float:
     return weights + activations + 16.0 * positions * shape.vocab_size
 
 
-def _recomputed_tuning_bytes(shape: ModelShape, positions: int, row_tokens: int) -> float:
-    """Return about the same where the blocks are recomputed: their inputs, and one block or the head at a time."""
+def _recomputed_tuning_bytes(shape: ModelShape, positions: int, row_tokens: int, *, on_cpu: float = 14.0) -> float:
+    """Return about the same where the blocks are recomputed: their inputs, and one block or the head at a time.
+
+    Args:
+        shape: of the model.
+        positions: of a step.
+        row_tokens: of a row.
+        on_cpu: bytes of a weight that a CPU dequantizes, in fp32, with its gradient; adjusted to what runs took.
+    """
     block, (_, largest) = shape.blocks / shape.num_blocks, _outside(shape)
-    weight = 14.0 if mx.default_device() == mx.cpu else 6.0  # dequantized on a CPU, and its gradient
+    weight = on_cpu if mx.default_device() == mx.cpu else 6.0
     inputs = shape.num_blocks * positions * shape.hidden_size * _width_in_products(shape)
     head = weight * largest + 16.0 * positions * shape.vocab_size
     return 1.2 * shape.parameters + inputs + max(head, weight * block + _activation_bytes(shape, positions, row_tokens))
