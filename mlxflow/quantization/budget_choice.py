@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from mlxflow.quantization.grids import first_grid, pack_on
 from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
+from mlxflow.quantization.rounding_check import rounded_codes
 from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.stored_codes import StoredCodes, emptied
@@ -155,11 +157,8 @@ def _reopening(request: QuantizationRequest, own: DenseModel) -> Iterator[Callab
 def _rounded_layers(
     request: QuantizationRequest, model: nn.Module, layers: Mapping[str, Setting], *, known: Container[str]
 ) -> Iterator[tuple[str, Packed]]:
-    """Yield the codes of the layers without any, rounded one at a time; the model loses their weights."""
-    dense = quantizable_layers(model)
-    for path, setting in layers.items():
-        if path not in known:
-            yield path, _rounded(request.method, dense.pop(path).pop("weight"), setting)
+    """Yield the codes of the layers without any, by the method's rounding; the model loses their weights."""
+    return rounded_codes(model, layers, known=known, packing=partial(_rounded, request.method))
 
 
 def _rounded(method: str, weight: mx.array, setting: Setting) -> Packed:

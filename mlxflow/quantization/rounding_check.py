@@ -1,9 +1,10 @@
 """Compares what a method learned with rounding to nearest, which learns nothing."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.data.token_file import Rows
@@ -59,15 +60,29 @@ def check_rounding(
         by_text: compare the losses on the text, for a method that learns it; else the divergences from the dense model.
     """
     measured = StoredDivergence(dense, rows.head(CHECKED_ROWS), folder)
-    stored = measured.store(_rounded(dense(), layers))
+    stored = measured.store(rounded_codes(dense(), layers))
     column = 1 if by_text else 2
     rounded = measured.columns_of_codes(dense, layers, stored)[column]
     own = measured.columns(learned)[column]
     return RoundingCheck(float(own.mean()), float(rounded.mean()), mean_and_error(own - rounded)[1])
 
 
-def _rounded(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[tuple[str, Packed]]:
-    """Yield the codes of layers by rounding, one at a time; the model loses their weights."""
+def rounded_codes(
+    model: nn.Module,
+    layers: Mapping[str, Setting],
+    *,
+    known: Container[str] = (),
+    packing: Callable[[mx.array, Setting], Packed] = pack,
+) -> Iterator[tuple[str, Packed]]:
+    """Yield the codes of layers by rounding, one at a time; the model loses their weights.
+
+    Args:
+        model: dense.
+        layers: module path to setting.
+        known: paths that are left out.
+        packing: rounds a weight.
+    """
     dense = quantizable_layers(model)
     for path, setting in layers.items():
-        yield path, pack(dense.pop(path).pop("weight"), setting)
+        if path not in known:
+            yield path, packing(dense.pop(path).pop("weight"), setting)

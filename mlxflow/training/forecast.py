@@ -73,8 +73,8 @@ class Forecast(NamedTuple):
         tokens: of a pass.
         note: what trials chose; empty if they chose nothing.
         advice: what to do if it does not fit.
-        waiting_bytes: the peak if the host waits for the device, as it does to stay within the memory limit; 0 if
-            that is not known.
+        least_bytes: the peak if the host waits for the device, as it does to stay within the memory limit; where
+            that is not known, the same.
     """
 
     peak_bytes: float | None
@@ -82,12 +82,7 @@ class Forecast(NamedTuple):
     tokens: int
     note: str = ""
     advice: str = ""
-    waiting_bytes: float = 0.0
-
-    @property
-    def least_bytes(self) -> float:
-        """The memory that a training needs, with a host that waits; 0 if not even a part of a pass fits."""
-        return self.waiting_bytes or self.peak_bytes or 0.0
+    least_bytes: float = 0.0
 
 
 def forecast(
@@ -139,7 +134,7 @@ def forecast(
         writing=_writing_seconds(request, subject, many.state_bytes, context),
     )
     peak = traced.peak_bytes if traced else _peak(few, many, count)
-    return Forecast(peak, seconds, count, note, advice, traced.least_bytes if traced else 0.0)
+    return Forecast(peak, seconds, count, note, advice, traced.least_bytes if traced else peak)
 
 
 def num_validations(settings: TrainingSettings) -> int:
