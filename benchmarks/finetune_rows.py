@@ -84,23 +84,34 @@ def ours(row: str, job: Job, folder: Path, *, checkpointing: str | int = "none",
     rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
     scratch = Path(tempfile.mkdtemp())
     request = kernel_selection.KernelRequest("auto", device, scratch / "kernels.json")
+    opened = time.perf_counter()
     use = kernel_selection.select_kernels(request, subject, rows, ahead)
+    selected = time.perf_counter()
     if checkpointing == "auto":
         choice = choose_checkpointing(subject, use, rows, limit_bytes=limit)
         figures["chosen"] = choice.line
         subject = subject._replace(settings=choice.layers.applied_to(subject.settings))
     logs: list[dict[str, Any]] = []
-    session = Session(CheckpointStore(scratch, keep=1, settings={}, say=print), limit, logs.append)
+    store = CheckpointStore(scratch, keep=1, settings={}, say=print)
+    session = Session(store, limit, lambda record: logs.append(record | {"at": time.perf_counter()}))
     data = build.make_data(rows, rows.head(1), subject.settings, seed=0)
-    started = time.perf_counter()
     with build.ready_trainer(subject, use, data, session) as trainer:
+        ready = time.perf_counter()
         result = trainer.run()
     records = [log for log in logs if log["kind"] == "train"]
     ends = [record["seconds"] for record in records]
     speed = Speed(np.diff(ends).tolist(), [record["loss"] for record in records], result.peak_memory_bytes)
     figures |= {"kernels": list(use.selected), "refused": dict(use.refused)}
-    figures |= {"to_first_step_seconds": round(started - begin + ends[0], 1)}
+    validated = next(log["at"] for log in logs if log["kind"] == "validation")
+    figures |= _start((begin, opened, selected, ready, validated, validated + ends[0]))
     print_speed(row, job, speed, limit_gb=limit_gb, **figures)
+
+
+def _start(times: Sequence[float]) -> dict[str, Any]:
+    """Return the seconds to the end of the first step and their parts, from the time at which each part begins."""
+    names = ("open", "kernels", "trainer", "validation", "step")
+    parts = dict(zip(names, np.diff(times).round(2).tolist(), strict=True))
+    return {"to_first_step_seconds": round(times[-1] - times[0], 1), "first_step_parts": parts}
 
 
 def _opened(job: Job, folder: Path, checkpointing: str | int) -> tuple[Any, dict[str, Any]]:
