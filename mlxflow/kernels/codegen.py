@@ -87,6 +87,8 @@ class KernelSource(NamedTuple):
             literals = tuple((name, _literal(value)) for name, value in template)
             does_nothing = _DOES_NOTHING.get()
             program = no_op_program(shared_bytes) if does_nothing else compile_program(self, *types, literals, resident)
+            if program is not None and _IS_TRACED.get():
+                program = program._replace(code=b"")
         if program is None:
             call = _mlx_kernel(self, kernel_language, *types, shared_bytes)
         else:
@@ -121,6 +123,22 @@ def doing_nothing() -> Iterator[None]:
         yield
     finally:
         _DOES_NOTHING.reset(before)
+
+
+_IS_TRACED: ContextVar[bool] = ContextVar("is_traced", default=False)
+
+
+@contextmanager
+def traceable() -> Iterator[None]:
+    """Launch kernels in this block without their machine code: their results can be traced, but not evaluated.
+
+    MLX's export of a graph takes the code of a kernel for text, and raises UnicodeDecodeError.
+    """
+    before = _IS_TRACED.set(True)
+    try:
+        yield
+    finally:
+        _IS_TRACED.reset(before)
 
 
 def no_op_program(shared_bytes: int) -> "Program":

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.data.token_file import Rows
+from mlxflow.kernels import codegen
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.ops.graph_trace import Traced, Value, trace
@@ -97,7 +98,7 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
     Raises:
         ValueError: the model uses an operation that cannot be traced.
     """
-    with _without_collections():
+    with _without_collections(), codegen.traceable():
         return _forecast(subject, kernels, rows)
 
 

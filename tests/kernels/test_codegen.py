@@ -28,6 +28,30 @@ def trials(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> list[str]:  #
     return names
 
 
+def test_traced_kernels_are_launched_without_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[bytes] = []
+
+    def launch(**arguments: Any) -> list[mx.array]:
+        codes.append(arguments["compiled_source"])
+        return [mx.zeros(shape) for shape in arguments["output_shapes"]]
+
+    code = b"\x7fELF\xbe"  # no UTF-8, as MLX's export of a graph needs it
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", launch)
+    monkeypatch.setattr(codegen, "language", lambda: "cuda")
+    monkeypatch.setattr(codegen, "programs_run", lambda: True)
+    monkeypatch.setattr(codegen, "compile_program", lambda *_: codegen.Program("symbol", code))
+    source = codegen.KernelSource("copy", ("x",), ("y",), "")
+
+    def copied() -> list[mx.array]:
+        return source.launch([mx.zeros(4)], constants=[], groups=1, shapes=[(4,)], dtypes=[mx.float32])
+
+    copied()
+    with codegen.traceable():
+        mx.export_function(lambda _: None, lambda _: copied(), mx.zeros(4))
+    copied()
+    assert codes == [code, b"", code]
+
+
 def _runs_in_another_process() -> bool:
     codegen.programs_run.cache_clear()
     return codegen.programs_run()

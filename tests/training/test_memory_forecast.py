@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import Rows
 from mlxflow.device import memory_limit, phase_peaks
-from mlxflow.kernels import model_kernels
+from mlxflow.kernels import codegen, model_kernels
 from mlxflow.training import build, memory_forecast
 from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.graph_memory import Ahead
@@ -52,14 +54,14 @@ def _rows() -> Rows:
     return Rows(tokens, np.full(tokens.shape, 3, np.uint8))
 
 
-def _measured(subject: build.Subject) -> int:
+def _measured(subject: build.Subject, kernels: model_kernels.ModelKernels = NONE) -> int:
     """Return the peak of steps that are sent to the device one after the other, as the trainer sends them.
 
     The weights before them are not kept: `restored` would hold them beside those that are updated.
     """
     rows = _rows()
     tokens, marks = mx.array(rows.tokens), mx.array(rows.marks)
-    with build.ready_step(subject, NONE) as step:
+    with build.ready_step(subject, kernels) as step:
         mx.eval(step.state)
         with phase_peaks.followed() as peak:
             for _ in range(3):
@@ -189,6 +191,42 @@ def test_the_trainer_holds_no_gradient_that_an_update_reads(tmp_path: Path, monk
     with build.ready_trainer(subject._replace(settings=settings), NONE, data, session) as trainer:
         trainer.run()
     assert held == [0, 0, 0, 0]
+
+
+def test_kernels_are_traced_without_their_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[bool] = []
+    usual = codegen.traceable
+
+    @contextmanager
+    def traceable() -> Iterator[None]:
+        with usual():
+            traced.append(True)
+            yield
+            traced.append(False)
+
+    def passed(*arguments: Any) -> Any:
+        assert traced == [True]
+        return usual_trace(*arguments)
+
+    usual_trace = memory_forecast._trace_pass
+    monkeypatch.setattr(codegen, "traceable", traceable)
+    monkeypatch.setattr(memory_forecast, "_trace_pass", passed)
+    forecast_memory(_subject("full"), NONE, _rows())
+    assert traced == [True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"checkpoint_every": 1}], ids=str)
+def test_the_peak_of_a_step_with_kernels_is_predicted_on_a_gpu(settings: dict[str, Any]) -> None:
+    subject = _subject("full", precision="bf16-pure", **settings)
+    traits = model_kernels.TrainingTraits("bf16-pure", LENGTH, False)
+    refused = model_kernels.choose_for(subject.model, traits, recorded=[]).refused
+    kernels = model_kernels.choose_for(subject.model, traits, recorded=list(refused))
+    assert kernels.selected
+    expected = forecast_memory(subject, kernels, _rows())
+    measured = _measured(subject, kernels)
+    print(expected, measured)
+    assert expected.least_bytes * 0.9 <= measured <= expected.peak_bytes * 1.1
 
 
 def test_nothing_is_computed_and_the_model_is_as_before() -> None:
