@@ -69,6 +69,7 @@ def main() -> None:
     run.add_argument("--calibration-rows", type=int, default=8 if _IS_TINY else 128)
     run.add_argument("--block-steps", type=int, default=2 if _IS_TINY else 100)
     run.add_argument("--scale-steps", type=int, default=2 if _IS_TINY else 100, help="of e2e, scales and all")
+    run.add_argument("--learning-rate", type=float, default=0.0, help="of scales and all; 0: that of the stage")
     run.add_argument("--batch-size", type=int, default=8, help="of scales and all")
     run.add_argument("--documents", type=int, default=4 if _IS_TINY else 100, help="news articles that judge")
     run.add_argument("--device", default="auto")
@@ -174,6 +175,8 @@ def _table(parsed: argparse.Namespace, row: Row, dense: Path, job: Path) -> dict
         block = row._replace(method="block")
         table |= {"start": f"quantize:{block.variant}", "num_steps": parsed.scale_steps}
         table["batch_size"] = parsed.batch_size
+        if parsed.learning_rate:
+            table["learning_rate"] = parsed.learning_rate
         del table["calibration_rows"]
     if parsed.embedding_bits and row.bits:
         table["layers"] = [{"match": "*embed_tokens", "bits": parsed.embedding_bits}]
