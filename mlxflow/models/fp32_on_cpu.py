@@ -12,6 +12,8 @@ import mlx.nn as nn
 import psutil
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from mlxflow.ops import wide_scales
+
 # The share of the memory up to which the weights of a whole model are widened
 _MOST_SHARE = 0.5
 
@@ -46,7 +48,7 @@ def widen(model: nn.Module, *, at_any_size: bool = False, keeps: Set[str] = froz
     """Let a model compute in fp32 on a CPU; nothing is evaluated.
 
     Matrices of the blocks stay in 16 bits if the model in fp32 would take more than half of the memory: rows in fp32
-    make MLX widen each of them for its product.
+    make MLX widen each of them for its product. Embeddings with float codes, which MLX looks up in bf16, give fp32.
 
     Args:
         model: changed.
@@ -66,6 +68,9 @@ def widen(model: nn.Module, *, at_any_size: bool = False, keeps: Set[str] = froz
         return value if stays else _in_fp32(value)
 
     model.update(tree_map_with_path(cast, parameters))
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.QuantizedEmbedding) and layer.mode != "affine" and path not in keeps:
+            wide_scales.mark(layer)
 
 
 def _in_fp32(value: Any) -> Any:

@@ -1,8 +1,12 @@
-"""Layers that dequantize in fp32 with 16-bit scales: the numbers of widened scales, in half of their memory.
+"""Layers that dequantize in fp32 with 16-bit or 8-bit scales: the numbers of widened scales, in less memory.
 
 A product with packed codes widens 16-bit scales to the dtype of its rows. mlx-lm's DoRA layer and MLX's embedding of
 quantized weights dequantize in the dtype of the scales instead, and bf16 would round the weights. Here the layers that
 are marked cast their scales first; the cast is a part of each pass, so only codes and 16-bit scales are held.
+
+Codes of mxfp4, mxfp8 and nvfp4 have scales of 8 bits, and MLX dequantizes them in bf16. That rounds no weight, but what
+a model computes of the rows, such as Gemma's multiple of an embedding, would be rounded to bf16. A marked layer returns
+fp32.
 """
 
 from collections.abc import Callable
@@ -57,6 +61,12 @@ def _dequantized(layer: Any, rows: Any = ...) -> mx.array:
     arrays = tuple(layer[name][rows] for name in ("weight", "scales", "biases") if layer.get(name) is not None)
     codes, scales, *biases = widened(arrays, mx.float32)
     weight: mx.array = mx.dequantize(
-        codes, scales, biases[0] if biases else None, layer.group_size, layer.bits, mode=layer.mode
+        codes,
+        scales,
+        biases[0] if biases else None,
+        layer.group_size,
+        layer.bits,
+        mode=layer.mode,
+        dtype=mx.float32,
     )
     return weight

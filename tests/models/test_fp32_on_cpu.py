@@ -6,6 +6,7 @@ import mlx.nn as nn
 import psutil
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import gemma
 
 from mlxflow.models import fp32_on_cpu
 from tests.small_models import llama
@@ -73,6 +74,42 @@ def test_modules_that_are_kept_keep_their_dtype() -> None:
     model = _model()
     fp32_on_cpu.widen(model, keeps={"lm_head"})
     assert [path for path, value in tree_flatten(model.parameters()) if value.dtype == mx.float16] == ["lm_head.weight"]
+
+
+@on_cpu
+def test_what_a_model_computes_of_embeddings_with_float_codes_is_not_rounded_to_bf16() -> None:
+    model, exact = _gemma(), _gemma()
+    embedding = exact.model.embed_tokens
+    exact.model.embed_tokens = _Dense(embedding)
+    assert not mx.array_equal(model(TOKENS), exact(TOKENS)), "MLX alone would do: the test can no longer fail"
+    fp32_on_cpu.widen(model, keeps={"model.embed_tokens"})
+    assert model.model.embed_tokens(TOKENS).dtype == mx.bfloat16
+    fp32_on_cpu.widen(model)
+    assert model.model.embed_tokens(TOKENS).dtype == mx.float32
+    assert mx.array_equal(model(TOKENS), exact(TOKENS))
+
+
+def _gemma() -> nn.Module:
+    """Return a Gemma of fp32 weights but for its embedding; the root of its width is no power of two."""
+    mx.random.seed(0)
+    shape = {"hidden_size": 96, "head_dim": 32, "intermediate_size": 64, "vocab_size": 60, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "rms_norm_eps": 1e-6}
+    model = gemma.Model(gemma.ModelArgs.from_dict({"model_type": "gemma", **shape, **heads}))
+    nn.quantize(model, 32, 4, mode="mxfp4", class_predicate=lambda path, _: path == "model.embed_tokens")
+    return model
+
+
+class _Dense(nn.Module):  # type: ignore[misc]
+    """An embedding with its rows in fp32 and the products of the packed one."""
+
+    def __init__(self, packed: nn.Module) -> None:
+        super().__init__()
+        self.as_linear = packed.as_linear
+        self.rows = packed(mx.arange(60)).astype(mx.float32)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        rows: mx.array = self.rows[ids]
+        return rows
 
 
 def test_trees_keep_their_integers_and_what_is_no_array() -> None:

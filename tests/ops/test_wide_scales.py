@@ -35,6 +35,17 @@ def test_a_marked_embedding_looks_up_the_numbers_of_widened_scales(tokens: list[
     assert layer(numbers).dtype == mx.bfloat16
 
 
+@pytest.mark.parametrize(("mode", "group_size", "bits"), [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)])
+def test_a_marked_embedding_of_float_codes_gives_its_numbers_in_fp32(mode: str, group_size: int, bits: int) -> None:
+    mx.random.seed(0)
+    layer, numbers = nn.QuantizedEmbedding(10, 64, group_size, bits, mode=mode), mx.array([[1, 2, 2]])
+    rows = layer(numbers)
+    assert rows.dtype == mx.bfloat16, "MLX gives fp32 itself: nothing is to be marked"
+    wide_scales.mark(layer)
+    assert layer(numbers).dtype == mx.float32
+    assert mx.array_equal(layer(numbers), rows.astype(mx.float32))
+
+
 def test_a_dora_layer_around_a_marked_one_has_the_numbers_of_widened_scales() -> None:
     wide_scales.install_in_dora()
     base, x = _linear(mx.bfloat16), mx.random.normal((5, 64))
