@@ -5,12 +5,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.messages.advice import advise_build
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import ArtifactError, CallError
 from mlxflow.messages.markdown_tables import table_of, write_markdown
 from mlxflow.storage import layout, remote_code
@@ -107,11 +108,11 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
         return
     fits = expected.least_bytes <= limit
     advice = "" if fits else f"{expected.advice}\n"
-    waiting = f", {expected.least_bytes / 1e6:,.1f} MB if the host waits for the device"
+    waiting = f", {show_bytes(expected.least_bytes)} if the host waits for the device"
     write_markdown(
-        f"{stage.task}: {'fits' if fits else 'does not fit'}: {expected.peak_bytes / 1e6:,.1f} MB in a pass of "
+        f"{stage.task}: {'fits' if fits else 'does not fit'}: {show_bytes(expected.peak_bytes)} in a pass of "
         f"{expected.tokens:,} tokens{waiting if fits and expected.peak_bytes > limit else ''}; "
-        f"limit {limit / 1e6:,.0f} MB\n"
+        f"limit {show_bytes(limit)}\n"
         f"{advice}"
         f"{expected.seconds.steps:,} steps: {_described(expected.seconds)}\n"
         + (f"checkpointing: {expected.note}\n" if expected.note else "")
@@ -152,25 +153,41 @@ def _print(workflow: Workflow, stage: Stage, inputs: Any, sizes: Sequence[int], 
     sizes = sizes or [max(1, size // 2), size, 2 * size, 4 * size, 8 * size]
     lengths = lengths or [max(1, length // 2), length, 2 * length]
     titles = ["context_length", *(f"batch {size}" for size in sizes), "largest that fits"]
+    peaks = [[law.peak_bytes(size, row_length) for size in sizes] for row_length in lengths]
+    unit = _unit_of(peaks)
     rows = [
         [
             str(row_length),
-            *(_cell(law.peak_bytes(size, row_length), limit) for size in sizes),
+            *(_cell(peak, limit, unit) for peak in row),
             f"{law.largest_batch_size(row_length, limit):,}",
         ]
-        for row_length in lengths
+        for row_length, row in zip(lengths, peaks, strict=True)
     ]
     write_markdown(
-        f"peak of a training step in MB, predicted from {len(points)} measured points; limit {limit / 1e6:,.0f} MB\n\n"
+        f"peak of a training step in {unit.name}, predicted from {len(points)} measured points; "
+        f"limit {show_bytes(limit)}; ! exceeds it\n\n"
         f"{table_of(titles, rows)}\n"
         f"checked at batch {judge.batch_size}, context {judge.context_length}: "
-        f"{judge.peaks.whole / 1e6:,.1f} MB measured, {off:+.1%} predicted; ! is over the limit\n"
+        f"{show_bytes(judge.peaks.whole)} measured, the prediction differs by {off:+.1%}\n"
     )
 
 
-def _cell(peak: float, limit: int) -> str:
-    """Return a peak in MB, marked where it is over the limit."""
-    return f"{peak / 1e6:,.1f}{'' if peak <= limit else ' !'}"
+class _Unit(NamedTuple):
+    """The unit of all peaks of a table."""
+
+    name: str
+    num_bytes: float
+    digits: int
+
+
+def _unit_of(peaks: Sequence[Sequence[float]]) -> _Unit:
+    """Return GB if the smallest peak has two digits in it, so that the peaks of a table can be compared."""
+    return _Unit("GB", 1e9, 2) if min(peak for row in peaks for peak in row) >= 0.1e9 else _Unit("MB", 1e6, 1)
+
+
+def _cell(peak: float, limit: int, unit: _Unit) -> str:
+    """Return a peak in a unit, marked where it exceeds the limit."""
+    return f"{peak / unit.num_bytes:,.{unit.digits}f}{'' if peak <= limit else ' !'}"
 
 
 def _context(workflow: Workflow, stage: Stage, chosen: str, limit: int) -> Context:

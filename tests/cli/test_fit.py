@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.__main__ import main
+from mlxflow.cli.fit import _cell, _unit_of
 from mlxflow.storage.report_files import read_report
 from mlxflow.training import forecast
 from tests.conftest import mlxflow
@@ -44,7 +45,25 @@ def test_fit_prints_the_predicted_peak_of_each_shape(built: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[2] == "| context_length | batch 2 | batch 4 | largest that fits |"
     assert [line.split()[1] for line in lines[4:7]] == ["8", "16", "32"]
-    assert "predicted" in lines[-1]
+    begin = r"peak of a training step in MB, predicted from \d+ measured points; limit [\d.]+ GB; ! exceeds it"
+    assert re.fullmatch(begin, lines[0])
+    end = r"checked at batch \d+, context \d+: [\d.]+ [MG]B measured, the prediction differs by [+-][\d.]+%"
+    assert re.fullmatch(end, lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("peaks", "name", "cells"),
+    [
+        ([[2e9, 0.1e9], [30e9, 4e9]], "GB", ["2.00", "0.10", "30.00 !", "4.00"]),
+        ([[2e9, 0.09e9]], "MB", ["2,000.0", "90.0"]),
+    ],
+)
+def test_all_peaks_of_a_table_have_one_unit_in_which_the_smallest_has_digits(
+    peaks: list[list[float]], name: str, cells: list[str]
+) -> None:
+    unit = _unit_of(peaks)
+    assert unit.name == name
+    assert [_cell(peak, 20_000_000_000, unit) for row in peaks for peak in row] == cells
 
 
 def test_fit_says_what_a_training_will_take_before_its_model_exists(
@@ -59,13 +78,13 @@ def test_fit_says_what_a_training_will_take_before_its_model_exists(
     result = mlxflow(tmp_path, "fit", "train")
     assert result.returncode == 0, result.stderr
     found = re.fullmatch(
-        r"train: fits: ([\d,.]+) MB in a pass of [\d,]+ tokens; limit [\d,]+ MB\n"
+        r"train: fits: ([\d.]+) MB in a pass of [\d,]+ tokens; limit [\d.]+ GB\n"
         r"(\d+) steps: about ([\d,.]+) seconds to the end: ([\d.]+) to start and to compile, ([\d.]+) a step, "
         r"[\d.]+ each of \d validations, [\d.]+ to write\n",
         result.stdout,
     )
     assert found, result.stdout
-    predicted = float(found[1].replace(",", "")) * 1e6
+    predicted = float(found[1]) * 1e6
     assert float(found[3].replace(",", "")) >= float(found[4]) + int(found[2]) * float(found[5]) * 0.5
     assert 0.5 * trained < predicted < 2 * trained  # a tiny model: buffers of a step in flight are a large part
     assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == [".mlxflow", "pretokenize"]
@@ -76,13 +95,12 @@ def test_fit_says_what_a_training_will_take_before_its_model_exists(
 @pytest.mark.parametrize(
     ("limit", "line"),
     [
-        ("4 GB", "train: fits: 3,200.0 MB in a pass of 1,024 tokens; limit 4,000 MB"),
+        ("4 GB", "train: fits: 3.20 GB in a pass of 1,024 tokens; limit 4.00 GB"),
         (
             "3 GB",
-            "train: fits: 3,200.0 MB in a pass of 1,024 tokens, 2,100.0 MB if the host waits for the device; "
-            "limit 3,000 MB",
+            "train: fits: 3.20 GB in a pass of 1,024 tokens, 2.10 GB if the host waits for the device; limit 3.00 GB",
         ),
-        ("2 GB", "train: does not fit: 3,200.0 MB in a pass of 1,024 tokens; limit 2,000 MB"),
+        ("2 GB", "train: does not fit: 3.20 GB in a pass of 1,024 tokens; limit 2.00 GB"),
     ],
 )
 def test_fit_says_whether_a_training_fits_if_the_host_waits(

@@ -6,8 +6,11 @@ from mlxflow.messages.byte_sizes import show_bytes
 @pytest.mark.parametrize(
     ("num_bytes", "shown"),
     [
-        (20_221_000_000, "20 GB"),
-        (10e9, "10 GB"),
+        (1_234e9, "1,234 GB"),
+        (99.96e9, "100 GB"),
+        (99.94e9, "99.9 GB"),
+        (20_221_000_000, "20.2 GB"),
+        (9_999_000_000, "10.0 GB"),
         (8e9, "8.00 GB"),
         (0.1e9, "0.10 GB"),
         (40_100_000, "40.1 MB"),

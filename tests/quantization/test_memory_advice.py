@@ -24,7 +24,7 @@ def _advice(request: QuantizationRequest, limit: float, *, learns_blocks: bool =
 def test_the_most_accurate_method_that_fits_is_named() -> None:
     dwq = request_of("dwq")
     assert _advice(dwq, 12.8) == (
-        'quantize: about 140 GB is more than the memory limit of 13 GB. Set method = "block": it takes about 8.70 GB.'
+        'quantize: about 140 GB is more than the memory limit of 12.8 GB. Set method = "block": it takes about 8.70 GB.'
     )
     assert 'Set method = "awq": it takes about 6.80 GB.' in _advice(dwq, 7)
     assert 'Set method = "rtn": it takes about 5.30 GB.' in _advice(dwq, 6)

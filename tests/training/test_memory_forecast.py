@@ -272,11 +272,11 @@ def test_recomputation_longer_rows_and_sums_change_what_is_predicted() -> None:
 def test_the_line_says_whether_it_fits() -> None:
     expected = MemoryForecast(3_210_000_000, 8192)
     assert expected.line(12 * 10**9, advice="Lower it.") == (
-        "about 3.21 GB in a step with passes of 8,192 tokens: fits into the 12 GB allowed"
+        "about 3.21 GB in a step with passes of 8,192 tokens: fits into the 12.0 GB allowed"
     )
     assert expected._replace(validation_bytes=3_210_000_000).line(12 * 10**9, advice="Lower it.") == (
         "about 3.21 GB in a validation, which takes more than a step with passes of 8,192 tokens: "
-        "fits into the 12 GB allowed"
+        "fits into the 12.0 GB allowed"
     )
     assert expected.line(2 * 10**9, advice="Lower it.") == (
         "about 3.21 GB in a step with passes of 8,192 tokens: does not fit into the 2.00 GB allowed. Lower it."
