@@ -121,7 +121,7 @@ def _model_figures(row: dict[str, Any]) -> Iterator[str]:
     size, perplexity, speed = (row.get(key) for key in ("model_bytes", "perplexity", "decode_tokens_per_second"))
     yield _size(size) if size is not None else "-"
     yield f"held-out perplexity {_perplexity(perplexity)}" if perplexity is not None else "perplexity -"
-    yield f"{speed:,.0f} tokens/s" if speed is not None else "-"
+    yield f"generates {speed:,.0f} tokens/s" if speed is not None else "-"
 
 
 def _perplexity(value: float) -> str:

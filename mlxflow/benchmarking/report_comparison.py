@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple, Protocol
 
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.report.stage_reports.benchmark_rows import Bounded, ModelRow, TrainingRow
 
 # The relative noise of peaks, which depend a little on how far the host runs ahead
@@ -246,13 +247,14 @@ def markdown_of_differences(differences: Sequence[Difference]) -> str:
 def markdown_of_report(report: HasRows) -> str:
     """Return a report's training and models as two tables in Markdown; the first one only if training was timed."""
     training = [
-        "| training | rows | tokens learned from/s | | processed/s | peak GB | waiting for data | the workflow is |",
+        "| training | rows | tokens learned from/s | | processed/s "
+        "| peak memory | waiting for data | the workflow is |",
         "|---|--:|--:|---|--:|--:|--:|---|",
         *(_training_line(row) for row in report.training),
         "",
     ]
     models = [
-        "| model | MB | smaller than fp32 | than the dense model | decode tokens/s | perplexity |",
+        "| model | size | smaller than fp32 | than the dense model | decode tokens/s | perplexity |",
         "|---|--:|--:|--:|--:|--:|",
         *(_model_line(row) for row in report.models),
     ]
@@ -272,7 +274,7 @@ def _training_line(row: TrainingRow) -> str:
     return (
         f"{begin} {_number(speed.value)} | {_number(speed.low)} to {_number(speed.high)} "
         f"| {_number(processed)} "
-        f"| {row.timed.peak_memory_bytes / 1e9:.2f} "
+        f"| {show_bytes(row.timed.peak_memory_bytes)} "
         f"| {row.timed.data_wait_share:.1%} | {against} |"
     )
 
@@ -285,7 +287,7 @@ def _model_line(row: ModelRow) -> str:
     if figures.perplexity is not None:
         perplexity = f"{figures.perplexity:.2f} ± {figures.perplexity_standard_error:.2f}"
     return (
-        f"| {_cell(row.model)} | {figures.model_bytes / 1e6:.2f} | {figures.compression_ratio_fp32:.1f} times "
+        f"| {_cell(row.model)} | {show_bytes(figures.model_bytes)} | {figures.compression_ratio_fp32:.1f} times "
         f"| {figures.compression_ratio:.1f} times "
         f"| {_number(figures.decode_speed.value)} "
         f"| {perplexity} |"

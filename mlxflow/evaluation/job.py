@@ -159,11 +159,12 @@ def _compute(
 
 
 def _say(task: str, model: str, name: str, result: TaskResult, why: str = "") -> None:
-    found = accuracy_of([item.score for item in result.items])
+    found, num_items = accuracy_of([item.score for item in result.items]), len(result.items)
+    items = "item" if num_items == 1 else "items"
     tail = [f"{result.num_truncated:,} prompts truncated"] * bool(result.num_truncated) + [why] * bool(why)
     terminal.say(
         f"{task}: {name}, {model}: accuracy {found.mean:.4g} +- {found.standard_error:.2g}, "
-        f"{', '.join([f'{len(result.items):,} items', *tail])}"
+        f"{', '.join([f'{num_items:,} {items}', *tail])}"
     )
 
 

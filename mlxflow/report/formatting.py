@@ -12,7 +12,7 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
 )
 
-_BYTE_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def clean(text: str) -> str:
@@ -66,7 +66,7 @@ def show_large(value: Any) -> str:
 
 
 def show_bytes(value: Any, digits: int = 3) -> str:
-    """Return bytes in a suitable unit, with 1,000 bytes per KB."""
+    """Return bytes in a suitable unit, with 1,000 bytes per kB."""
     known = number(value)
     if known is None:
         return UNKNOWN

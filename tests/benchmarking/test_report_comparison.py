@@ -85,12 +85,12 @@ def test_markdown_tables_escape_names() -> None:
     )
     text = markdown_of_report(_rows(timed, row, failed, model_row("quantize:a|b"), broken))
     assert text.splitlines()[2:5] == [
-        "| without bf16 | 8 | 100 | 98 to 102 | 100 | 0.00 | 0.0% | 2.00 times as fast (noise) |",
-        "| without compile | 8 | 50 | 49 to 51 | 50 | 0.00 | 0.0% |  |",
+        "| without bf16 | 8 | 100 | 98 to 102 | 100 | 1.0 kB | 0.0% | 2.00 times as fast (noise) |",
+        "| without compile | 8 | 50 | 49 to 51 | 50 | 1.0 kB | 0.0% |  |",
         "| baseline | 8 | does not fit: needs 5 bytes | | | | | |",
     ]
     assert text.splitlines()[8:] == [
-        "| quantize:a\\|b | 0.00 | 6.0 times | 3.0 times | 10 | 20.00 ± 0.10 |",
+        "| quantize:a\\|b | 500 bytes | 6.0 times | 3.0 times | 10 | 20.00 ± 0.10 |",
         "| train | out of memory | | | | |",
     ]
     differences = compare_reports(_training(100), _training(90))

@@ -16,7 +16,7 @@ from mlxflow.training.figures import TrainingRun
         ("train", "| step | loss | held-out loss | held-out perplexity | learning rate |", r"held-out perplexity \d"),
         ("profile", "| phase | calls | seconds | peak | growth in bytes |", r"profile: peak memory [\d.]+ MB of"),
         ("benchmark", "| training | rows | tokens learned from/s |", r"\| quantize:"),
-        ("report", r"train: ", r"report: .*/artifacts/report/index.html, [\d.]+ KB, \d+ samples$"),
+        ("report", r"train: ", r"report: .*/artifacts/report/index.html, [\d.]+ kB, \d+ samples$"),
     ],
 )
 def test_show_prints_the_figures_of_every_other_stage(

@@ -32,7 +32,7 @@ def test_a_non_number_is_shown_as_unknown(value: object) -> None:
 
 @pytest.mark.parametrize(
     ("size", "shown"),
-    [(0, "0 B"), (999, "999 B"), (999_600, "1.00 MB"), (2_749_794, "2.75 MB"), (8e9, "8 GB"), (-1500, "-1.50 KB")],
+    [(0, "0 B"), (999, "999 B"), (999_600, "1.00 MB"), (2_749_794, "2.75 MB"), (8e9, "8 GB"), (-1500, "-1.50 kB")],
 )
 def test_bytes_are_shown_in_a_suitable_unit(size: float, shown: str) -> None:
     assert formatting.show_bytes(size) == shown

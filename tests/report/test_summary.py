@@ -21,7 +21,7 @@ def test_the_summary_comes_first_with_a_line_for_each_question(root: Path) -> No
         "7.90 M tokens of 713 documents to learn from, 236,147 held out. 1 record could not be read.",
         "38.5 perplexity on held-out text after 240 steps, from 2,079 before",
         "6,757 tokens learned from a second while training; 0.2 % of the time it waited for data.",
-        "7.10 times smaller than in fp32: 49.1 KB, 4.50 bits a weight; perplexity 39.11 ± 0.50, dense 38.5.",
+        "7.10 times smaller than in fp32: 49.1 kB, 4.50 bits a weight; perplexity 39.11 ± 0.50, dense 38.5.",
         "9 MB in MLX's arrays at the peak of a training step, the largest part of it weights (4 MB, 44%); no leak.",
         "2 times the speed of the plain baseline (1.86 to 2.16).",
     ):

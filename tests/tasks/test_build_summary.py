@@ -65,7 +65,7 @@ def test_the_closing_summary_names_the_models_and_the_page(tmp_path: Path, monke
     (tmp_path / "artifacts" / layout.PAGE).touch()
     assert list(closing_lines([train, measured], 0, 3.25)) == [
         "2 stages built in 3.2 s",
-        "train        81.0 kB  held-out perplexity 1.88  1,097 tokens/s",
+        "train        81.0 kB  held-out perplexity 1.88  generates 1,097 tokens/s",
         "quantize:q4  18.1 kB  perplexity -              -",
         "page: artifacts/index.html  (mlxflow report --open shows it)",
     ]

@@ -14,7 +14,7 @@
     return size < 1e-4 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
   };
   const bytes = (value) => {
-    const units = ["B", "KB", "MB", "GB", "TB", "PB"];
+    const units = ["B", "kB", "MB", "GB", "TB", "PB"];
     let power = 0;
     while (Math.abs(value) >= 999.5 && power < units.length - 1) { value /= 1000; power += 1; }
     return `${significant(value)} ${units[power]}`;

@@ -12,7 +12,7 @@ def test_a_row_out_of_memory_says_so_and_the_others_are_shown(root: Path) -> Non
     text = text_of(root)
     assert "quantize:q2: does not fit: 5 bytes more may not be had" in text
     assert "workflow, 64 rows: does not fit" in text
-    assert "stage 49.1 KB 7.10 5.60" in text
+    assert "stage 49.1 kB 7.10 5.60" in text
 
 
 def test_a_device_that_slowed_down_is_named(root: Path) -> None:

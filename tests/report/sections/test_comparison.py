@@ -48,7 +48,7 @@ def test_figures_have_their_change_against_the_first_run(three: list[Run]) -> No
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["train: held-out perplexity"] == ("40", "30 (-25.0 %)", "50 (+25.0 %)")
     assert rows["train: parameters"] == ("68,672", "68,672 (+0.0 %)", "68,672 (+0.0 %)")
-    assert rows["quantize:q4: size"] == ("49.1 KB", "49.1 KB (+0.0 %)", "49.1 KB (+0.0 %)")
+    assert rows["quantize:q4: size"] == ("49.1 kB", "49.1 kB (+0.0 %)", "49.1 kB (+0.0 %)")
 
 
 def test_the_settings_that_differ_are_listed_and_no_others(three: list[Run]) -> None:
