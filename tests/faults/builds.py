@@ -58,8 +58,8 @@ sys.exit(command.main(["run", sys.argv[1]]))
 """
 
 
-class UnmetError(AssertionError):
-    """A run made fewer calls than the undisturbed one, as where a digest was settled by then, and met no fault."""
+class UnmetError(Exception):
+    """A run met no fault and succeeded with fewer calls than the undisturbed one, as with a settled digest."""
 
 
 class Scenario(NamedTuple):
@@ -186,16 +186,20 @@ def disturb(injector: Injector, scenario: Scenario, fault: Fault, folder: Path) 
     Raises:
         AssertionError: the disturbed run was a traceback, hid the fault or did not name it; or the folder is not what
             undisturbed runs leave.
+        UnmetError: the run had fewer calls, and the end of an undisturbed one.
     """
     shutil.copytree(scenario.template, folder)
     disturbed, mending = COMMANDS[scenario.name]
     outcome = injector.run(folder, *disturbed, fault=fault)
     where = f"{fault} at {[(call.name, call.path) for call in outcome.calls]}: {outcome}"
+    is_whole = scenario.name in ("first", "again", *REAL)
     if not outcome.calls:
+        assert outcome.code == 0, where
+        assert not is_whole or contents(folder) == scenario.expected, where
         raise UnmetError(where)
     is_own = all(is_of_python(call, folder) for call in outcome.calls)
     assert is_own or "Traceback" not in outcome.err + outcome.out, where
-    if outcome.code == 0 and scenario.name in ("first", "again", *REAL) and not _says(fault, outcome.err):
+    if outcome.code == 0 and is_whole and not _says(fault, outcome.err):
         assert contents(folder) == scenario.expected, where
     if is_own:
         assert outcome.code == 0 or outcome.err.strip() or fault.kind == "KILL", where
