@@ -91,6 +91,31 @@ def bound_graphs(*, recomputes: bool = False) -> None:
         os.environ[_GRAPH_SIZE] = "10" if recomputes else "30"
 
 
+# Of a batch, by compute capability (CUDA; 20 and 100 for others) and by the last letter of the architecture's name
+# (Metal; 40 and 40 for others), as `mlx/backend/*/device.cpp` has them in MLX 0.32
+_CUDA_BATCHES = {(8, 0): (20, 400), (9, 0): (100, 1000), (10, 0): (100, 1000), (12, 0): (100, 1000), (12, 1): (20, 25)}
+_METAL_BATCHES = {"p": (20, 40), "s": (50, 50), "d": (50, 50)}
+
+
+def batch_limits() -> tuple[int, int]:
+    """Return when MLX sends a batch of operations to the GPU: a CUDA graph or a command buffer of Metal.
+
+    Returns:
+        a number of operations that it exceeds, or the count of numbers that its operations' inputs have together:
+        `MLX_MAX_MB_PER_BUFFER` limits numbers, not bytes.
+    """
+    import mlx.core as mx
+
+    info = mx.device_info()
+    if "compute_capability_major" in info:
+        capability = int(info["compute_capability_major"]), int(info["compute_capability_minor"])
+        operations, mega = _CUDA_BATCHES.get(capability, (20, 100))
+    else:
+        operations, mega = _METAL_BATCHES.get(str(info.get("architecture", ""))[-1:], (40, 40))
+    operations = int(os.environ.get(_GRAPH_SIZE, operations))
+    return operations, (int(os.environ.get("MLX_MAX_MB_PER_BUFFER", mega)) + 1) << 20
+
+
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 

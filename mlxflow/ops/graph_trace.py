@@ -5,7 +5,9 @@ gradient is derived, their results are placeholders here, and so are the gradien
 is traced beside them, and the placeholders are replaced by it in the finished graph.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -26,12 +28,14 @@ class Value(NamedTuple):
     itemsize: int
 
     @property
+    def size(self) -> int:
+        """Number of all numbers."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all numbers."""
-        count = self.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.itemsize * math.prod(self.shape)
 
 
 class Operation(NamedTuple):
@@ -102,9 +106,44 @@ def trace(function: Callable[..., Sequence[mx.array]], arguments: Sequence[mx.ar
         return [*results, *(array for link in tracer.links for array in link), *tracer.listed_calls()]
 
     replaced = ((mx, "vjp", tracer.vjp), (mx, "value_and_grad", tracer.value_and_grad))
-    with patching.attributes(*replaced, (mx, "checkpoint", tracer.checkpoint), by=__name__), recorded(tracer):
+    with (
+        patching.attributes(*replaced, (mx, "checkpoint", tracer.checkpoint), by=__name__),
+        recorded(tracer),
+        _compiled_functions_inlined(),
+    ):
         mx.export_function(take, traced, *arguments)
     return _connected(operations, values(parts["inputs"]), values(parts["outputs"]), tracer)
+
+
+@contextmanager
+def _compiled_functions_inlined() -> Iterator[None]:
+    """Let compiled functions, such as `nn.silu`, be called as they are written until the block ends.
+
+    MLX does that for arrays that it traces. The arguments of a custom function are none once its derivation has ended,
+    and a compiled operation cannot be exported.
+    """
+    if not _compiles():
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+def _compiles() -> bool:
+    """Return whether MLX compiles functions; it has no way to ask."""
+    calls: list[mx.array] = []
+
+    def counted(x: mx.array) -> mx.array:
+        calls.append(x)
+        return x
+
+    function, zero = mx.compile(counted), mx.array(0.0)
+    for _ in range(2):
+        function(zero)
+    return len(calls) == 1
 
 
 def _connected(

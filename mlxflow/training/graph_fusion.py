@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from mlxflow.ops.graph_trace import Operation, Traced, in_order
+from mlxflow.ops.graph_trace import Operation, Traced, Value, in_order
 
 _UNARY = (
     "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType BitwiseInvert Ceil Conjugate Cos Cosh Erf ErfInv Exp "
@@ -27,15 +27,23 @@ _MAX_DEPTH, _MAX_INPUTS = 11, 24
 
 
 class Graph(NamedTuple):
-    """Operations in an order in which they can run, and the names of the values that are kept."""
+    """A graph of operations.
+
+    Attributes:
+        operations: in an order in which they can run.
+        results: names of the values that are kept.
+        inputs: values that the operations take from outside.
+    """
 
     operations: Sequence[Operation]
     results: Sequence[str]
+    inputs: Sequence[Value] = ()
 
 
 def compiled(traced: Traced) -> Graph:
     """Return the graph that `mx.compile` returns for a function's; its results are in the same order."""
-    return _fused(_simplified(Graph(traced.operations, [value.name for value in traced.outputs])))
+    graph = Graph(traced.operations, [value.name for value in traced.outputs], traced.inputs)
+    return _fused(_simplified(graph))
 
 
 def _simplified(graph: Graph) -> Graph:
@@ -55,7 +63,7 @@ def _simplified(graph: Graph) -> Graph:
         for value, other in zip(operation.outputs, same.outputs, strict=True):
             renamed[value.name] = other.name
     results = [renamed.get(name, name) for name in graph.results]
-    return Graph(_needed(kept, results), results)
+    return Graph(_needed(kept, results), results, graph.inputs)
 
 
 def _needed(operations: Sequence[Operation], results: Iterable[str]) -> list[Operation]:
@@ -88,7 +96,7 @@ def _fused(graph: Graph) -> Graph:
         for one in graph.operations
         if one.outputs[0].name in made or one.outputs[0].name not in done
     ]
-    return Graph(in_order(fresh, graph.results), graph.results)
+    return graph._replace(operations=in_order(fresh, graph.results))
 
 
 def _group(

@@ -2,15 +2,16 @@
 
 The rules are those of MLX 0.32. The order is the reverse of a breadth-first search of bounded width
 (`mlx/transforms.cpp`). Views share a buffer. An operation may write into an input that nothing else needs. A buffer is
-freed when the device, which the host is ahead of, is done.
+freed when the device, which the host is ahead of, is done: on the CPU with an operation, on a GPU with a batch of them
+(`device_lag.py`).
 """
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from mlxflow.ops.graph_trace import CUSTOM, Operation
+from mlxflow.training.device_lag import Buffer, Lag, Sent
 from mlxflow.training.graph_fusion import ELEMENTWISE, Graph
 
 _VIEWS = frozenset(("Depends", "ExpandDims", "Slice", "Split", "Squeeze", "View", CUSTOM))
@@ -20,9 +21,6 @@ _SCATTERED = frozenset(("AsStrided", "Broadcast", "BroadcastAxes", "Transpose"))
 _WRITE_IN_PLACE = frozenset(
     ("Compiled", "Scan", "Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate", "Softmax")
 )
-
-# An operation whose results have fewer bytes is done before the host has sent the next ones
-_SHORT_BYTES = 1 << 16
 
 # The bound of MLX's order
 _MAX_WIDTH = 20
@@ -58,16 +56,6 @@ def _first(makers: Mapping[str, Operation], name: str) -> str:
     return makers[name].outputs[0].name
 
 
-class _Buffer:
-    """Memory of one or several arrays, freed when neither an array nor an operation under way uses it."""
-
-    __slots__ = ("nbytes", "uses")
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.uses = 0
-
-
 class _Memory:
     """The buffers of a graph's arrays while its operations run.
 
@@ -76,15 +64,15 @@ class _Memory:
     """
 
     def __init__(self, held_bytes: int) -> None:
-        self.of: dict[str, _Buffer] = {}
+        self.of: dict[str, Buffer] = {}
         self.peak = self._held = held_bytes
 
-    def allocate(self, nbytes: int) -> _Buffer:
+    def allocate(self, nbytes: int) -> Buffer:
         self._held += nbytes
         self.peak = max(self.peak, self._held)
-        return _Buffer(nbytes)
+        return Buffer(nbytes)
 
-    def bind(self, name: str, buffer: _Buffer) -> None:
+    def bind(self, name: str, buffer: Buffer) -> None:
         self.of[name] = buffer
         buffer.uses += 1
 
@@ -94,7 +82,7 @@ class _Memory:
         for name, (buffer_name, _) in changed.items():
             self.bind(name, first[buffer_name])
 
-    def release(self, buffer: _Buffer) -> None:
+    def release(self, buffer: Buffer) -> None:
         buffer.uses -= 1
         if not buffer.uses:
             self._held -= buffer.nbytes
@@ -104,64 +92,7 @@ class _Memory:
         return [name for name in dict.fromkeys(names) if name in self.of]
 
 
-class Ahead(NamedTuple):
-    """How far the host sends dispatches ahead of the device.
-
-    Attributes:
-        dispatches: that were sent and may not be done.
-        task: so many dispatches are waited for together.
-    """
-
-    dispatches: int
-    task: int = 1
-
-
-class _Sent(NamedTuple):
-    """An operation that was sent.
-
-    Attributes:
-        end: dispatches that were sent until then; with the last one of an operation its inputs are freed.
-        buffers: of the inputs.
-        is_short: whether it takes the device no time.
-    """
-
-    end: int
-    buffers: list[_Buffer]
-    is_short: bool
-
-
-class _Device:
-    """Operations that were sent to the device: it needs their inputs until it is done.
-
-    Args:
-        memory: of the arrays.
-        ahead: see `peak_bytes`.
-    """
-
-    def __init__(self, memory: _Memory, ahead: Ahead) -> None:
-        self._memory = memory
-        self._ahead = ahead
-        self._count = self._done = 0
-        self._under_way: deque[_Sent] = deque()
-
-    def finish_early_ones(self) -> None:
-        """Free the inputs of what the host waits for, and of what takes no time after that."""
-        limit, task = self._ahead
-        self._done = max(self._done, self._count // task * task - limit)
-        while self._under_way and (self._done >= self._under_way[0].end - 1 or self._under_way[0].is_short):
-            sent = self._under_way.popleft()
-            self._done = max(self._done, sent.end)
-            for buffer in sent.buffers:
-                self._memory.release(buffer)
-
-    def send(self, inputs: list[_Buffer], dispatches: int, *, is_short: bool) -> None:
-        self._count += dispatches
-        for buffer in inputs:
-            buffer.uses += 1
-        self._under_way.append(_Sent(self._count, inputs, is_short))
-
-
-def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, int]], *, ahead: Ahead) -> int:
+def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, int]], *, lag: Lag) -> int:
     """Return the peak of the memory of a graph's arrays.
 
     Args:
@@ -169,13 +100,13 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
         held_bytes: of inputs that stay.
         changed: other inputs, freed after their last use: the name of their buffer, which several may share, and its
             bytes.
-        ahead: how far the host is ahead of the device. An operation makes one dispatch or several, and one that frees
-            its inputs; a view makes only that.
+        lag: how far the host is ahead of the device.
     """
     memory = _Memory(held_bytes)
     memory.bind_inputs(changed)
-    device = _Device(memory, ahead)
+    device = lag.device(memory.release)
     order = scheduled(graph)
+    sizes = {value.name: value.size for value in (*graph.inputs, *(one for each in order for one in each.outputs))}
     uses = Counter(name for operation in order for name in set(operation.inputs))
     uses.update(graph.results)  # never used up
     scattered: set[str] = set()
@@ -188,10 +119,8 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
             _bind_view(operation, memory, scattered)
         else:
             _bind_results(operation, memory, [name for name in inputs if uses[name] == 1])
-        is_short = is_view or sum(value.nbytes for value in operation.outputs) < _SHORT_BYTES
-        device.send(
-            _held(operation, given, memory), 1 + (0 if is_view else _num_dispatches(operation)), is_short=is_short
-        )
+        elements = sum(sizes.get(name, 1) for name in operation.inputs)
+        device.send(Sent(operation, is_view, elements, _held(operation, given, memory)))
         _release_unused(operation, uses, memory)
     return memory.peak
 
@@ -205,7 +134,7 @@ def _release_unused(operation: Operation, uses: Counter[str], memory: _Memory) -
             memory.release(memory.of.pop(name))
 
 
-def _held(operation: Operation, given: list[_Buffer], memory: _Memory) -> list[_Buffer]:
+def _held(operation: Operation, given: list[Buffer], memory: _Memory) -> list[Buffer]:
     """Return the buffers that are held until the device is done: those of inputs and of results beside the first.
 
     That of the first result is none of them, whether it is shared by a view or was taken over.
@@ -235,12 +164,6 @@ def _bind_results(operation: Operation, memory: _Memory, ending: Iterable[str]) 
         if same is not None:
             free.remove(same)
         memory.bind(value.name, same or memory.allocate(value.nbytes))
-
-
-def _num_dispatches(operation: Operation) -> int:
-    """Return how many kernels an operation dispatches on the CPU: a concatenation copies each of its inputs."""
-    several = {"Concatenate": len(operation.inputs), "AddMM": 2, "SliceUpdate": 2}
-    return several.get(operation.name, 1)
 
 
 def _is_view(operation: Operation, scattered: set[str]) -> bool:

@@ -14,24 +14,34 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.data.token_file import Rows
+from mlxflow.device import compute_device
 from mlxflow.kernels import codegen
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.ops.graph_trace import Traced, Value, trace
 from mlxflow.training import build, graph_memory
+from mlxflow.training.device_lag import Ahead, BatchesAhead, Lag
 from mlxflow.training.graph_fusion import Graph, compiled
-from mlxflow.training.graph_memory import Ahead
 from mlxflow.training.memory_advice import memory_advice
 from mlxflow.training.precompile import restored
 from mlxflow.training.step import Step
 from mlxflow.training.validation_memory import validation_peak_bytes
 
-# How far the host is ahead of the device. MLX waits for the CPU when an eleventh task of ten dispatches is sent.
-# Command buffers of a GPU end after some bytes, too, and large arrays fill them at once.
-_AHEAD = {"cpu": Ahead(100, 10), "gpu": Ahead(40)}
+# MLX waits for the CPU when an eleventh task of ten dispatches is sent, and for a GPU when an eleventh batch is
+_MOST_TASKS = 10
 
-# And above MLX's memory limit, where it waits for the tasks under way; the dispatches of one may not be done
-_WAITING = {"cpu": Ahead(10), "gpu": Ahead(10)}
+
+def _lags() -> tuple[Lag, Lag]:
+    """Return how far the host is ahead of the device at the most, and if it waits to keep within MLX's memory limit.
+
+    Above that limit it waits for all that MLX counts: on the CPU the dispatches of a task may not be done, on a GPU the
+    batch that was not complete. The CPU's figures were compared with measured peaks, and CUDA's with those of one kind
+    of device; Metal's are from MLX's source.
+    """
+    if mx.default_device() == mx.cpu:
+        return Ahead(_MOST_TASKS * 10, 10), Ahead(10)
+    operations, elements = compute_device.batch_limits()
+    return BatchesAhead(operations, elements, _MOST_TASKS), BatchesAhead(operations, elements, 0)
 
 
 class MemoryForecast(NamedTuple):
@@ -105,17 +115,16 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
 def _forecast(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast:
     with restored(subject.model), build.ready_step(subject, kernels) as step:
         graph, held, changed = _graph_of(step, subject, rows)
-    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
-    aheads = (_AHEAD[device], _WAITING[device])
+    lags = _lags()
     of_validation = validation_peak_bytes(
         subject.model,
         rows,
         held + sum(dict(changed.values()).values()),
         batch_size=subject.settings.batch_size,
         masks_documents=subject.settings.masks_documents,
-        aheads=aheads,
+        lags=lags,
     )
-    of_step = [graph_memory.peak_bytes(graph, held, changed, ahead=ahead) for ahead in aheads]
+    of_step = [graph_memory.peak_bytes(graph, held, changed, lag=lag) for lag in lags]
     peak, waiting = (max(pair) for pair in zip(of_step, of_validation, strict=True))
     return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation[0], waiting)
 
@@ -155,7 +164,7 @@ def _graph_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[Graph, in
     gradients = dict(zip(given, first.results, strict=False))  # the state follows
     linked = [one.with_inputs(gradients) for one in second.operations]
     results = [gradients.get(name, name) for name in second.results]
-    return Graph([*first.operations, *linked], results), held, changed
+    return Graph([*first.operations, *linked], results, [*passed.inputs, *updated.inputs]), held, changed
 
 
 def _long_array(step: Step, name: str) -> str:

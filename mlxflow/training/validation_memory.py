@@ -17,12 +17,12 @@ from mlxflow.evaluation.positions import rows_for
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.graph_trace import trace
 from mlxflow.training import graph_memory
+from mlxflow.training.device_lag import Lag
 from mlxflow.training.graph_fusion import Graph
-from mlxflow.training.graph_memory import Ahead
 
 
 def validation_peak_bytes(
-    model: nn.Module, rows: Rows, held_bytes: int, *, batch_size: int, masks_documents: bool, aheads: Sequence[Ahead]
+    model: nn.Module, rows: Rows, held_bytes: int, *, batch_size: int, masks_documents: bool, lags: Sequence[Lag]
 ) -> list[int]:
     """Return the predicted peaks of MLX's arrays in a validation, one for each distance of the host.
 
@@ -32,7 +32,7 @@ def validation_peak_bytes(
         held_bytes: of the weights and the optimizer's state.
         batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
-        aheads: see `graph_memory.peak_bytes`.
+        lags: see `graph_memory.peak_bytes`.
 
     Raises:
         ValueError: the model uses an operation that cannot be traced.
@@ -50,15 +50,15 @@ def validation_peak_bytes(
         def losses(states: mx.array, targets: mx.array) -> mx.array:
             return token_losses(body, states, targets)
 
-        of_body, states = _peak(model, hidden, [marks, tokens], held_bytes, aheads)
+        of_body, states = _peak(model, hidden, [marks, tokens], held_bytes, lags)
         chosen = states[: positions_of_a_slice(body, states)]
         targets = mx.zeros(len(chosen), mx.int32)
-        of_head, _ = _peak(model, losses, [chosen, targets], held_bytes + states.nbytes, aheads)
+        of_head, _ = _peak(model, losses, [chosen, targets], held_bytes + states.nbytes, lags)
     return [max(pair) for pair in zip(of_body, of_head, strict=True)]
 
 
 def _peak(
-    model: nn.Module, function: Any, arguments: list[mx.array], held_bytes: int, aheads: Sequence[Ahead]
+    model: nn.Module, function: Any, arguments: list[mx.array], held_bytes: int, lags: Sequence[Lag]
 ) -> tuple[list[int], mx.array]:
     """Return the peaks of a function of arrays and the model's weights, and zeros in the shape of its result."""
     weights = dict(tree_flatten(model.parameters()))
@@ -73,7 +73,7 @@ def _peak(
         traced = trace(compute, [*arguments, *weights.values()], prefix="validation ")
     finally:
         model.update(tree_unflatten(list(weights.items())))
-    graph = Graph(traced.operations, [value.name for value in traced.outputs])
+    graph = Graph(traced.operations, [value.name for value in traced.outputs], traced.inputs)
     shape, dtype = results[0].shape, results[0].dtype
-    peaks = [graph_memory.peak_bytes(graph, held_bytes, {}, ahead=ahead) for ahead in aheads]
+    peaks = [graph_memory.peak_bytes(graph, held_bytes, {}, lag=lag) for lag in lags]
     return peaks, mx.zeros(shape, dtype)

@@ -87,3 +87,27 @@ def test_cuda_graphs_are_small_on_a_large_device_unless_the_environment_sets_the
     monkeypatch.setattr(mx, "device_info", lambda: told)
     compute_device.bound_graphs(recomputes=recomputes)
     assert os.environ.get("MLX_MAX_OPS_PER_BUFFER") == size
+
+
+@pytest.mark.parametrize(
+    ("told", "variables", "limits"),
+    [
+        (_H100, {}, (100, 1001)),
+        (_H100, {"MLX_MAX_OPS_PER_BUFFER": "10", "MLX_MAX_MB_PER_BUFFER": "7"}, (10, 8)),
+        (_A100, {}, (20, 401)),
+        ({"compute_capability_major": 8, "compute_capability_minor": 6}, {}, (20, 101)),
+        ({"architecture": "applegpu_g13p"}, {}, (20, 41)),
+        ({"architecture": "applegpu_g14g"}, {}, (40, 41)),
+        ({"architecture": "applegpu_g14s"}, {}, (50, 51)),
+    ],
+)
+def test_the_size_of_a_batch_is_that_of_the_device_unless_the_environment_sets_it(
+    told: dict[str, object], variables: dict[str, str], limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mx, "device_info", lambda: told)
+    operations, mega_elements = limits
+    assert compute_device.batch_limits() == (operations, mega_elements << 20)

@@ -3,10 +3,11 @@
 from collections import Counter
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlxflow.ops.custom_function import custom_function
-from mlxflow.ops.graph_trace import CUSTOM, Operation, Traced, Value, in_order, trace
+from mlxflow.ops.graph_trace import CUSTOM, Operation, Traced, Value, _compiles, in_order, trace
 
 
 @custom_function
@@ -45,6 +46,30 @@ def test_a_custom_function_has_its_own_gradient_in_the_graph() -> None:
     assert [value.nbytes for value in traced.inputs] == [48, 48]
     assert all(value.name.startswith("step ") for value in traced.inputs)
     assert _is_in_order(traced)
+
+
+def test_a_compiled_function_of_what_a_custom_function_returned_is_traced_as_it_is_written() -> None:
+    """On a GPU a recomputed layer's `nn.silu` has such an argument; MLX would compile it, and not export it."""
+    activated = custom_function(nn.silu)
+    activated.vjp(lambda x, incoming, _: incoming * mx.sigmoid(x))
+
+    def step(w: mx.array) -> list[mx.array]:
+        return list(mx.value_and_grad(lambda w: mx.checkpoint(lambda w: activated(_cubed(w)))(w).sum())(w))
+
+    assert _compiles()
+    names = _names(trace(step, [mx.zeros(5)], prefix=""))
+    assert names["Sigmoid"] == 2  # forward and gradient
+    assert not any(name.startswith("Compiled") for name in names)
+    assert _compiles()
+
+
+def test_a_trace_leaves_compilation_disabled_where_it_was() -> None:
+    mx.disable_compile()
+    try:
+        trace(lambda x: [nn.silu(x)], [mx.zeros(5)], prefix="")
+        assert not _compiles()
+    finally:
+        mx.enable_compile()
 
 
 def test_a_checkpoint_is_computed_again_for_its_gradient() -> None:

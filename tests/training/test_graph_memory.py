@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Sequence
 
 from mlxflow.ops.graph_trace import Operation, Value
+from mlxflow.training.device_lag import Ahead
 from mlxflow.training.graph_fusion import Graph
-from mlxflow.training.graph_memory import Ahead, peak_bytes
+from mlxflow.training.graph_memory import peak_bytes
 
 MB = 1 << 20
 
@@ -24,7 +25,7 @@ def _chain(kind: str, length: int) -> list[Operation]:
 
 
 def _peak(operations: Sequence[Operation], *results: str, lag: int = 0, held: int = MB) -> float:
-    return peak_bytes(Graph(operations, results), held, {}, ahead=Ahead(lag)) / MB
+    return peak_bytes(Graph(operations, results), held, {}, lag=Ahead(lag)) / MB
 
 
 def test_a_product_needs_its_input_and_its_result() -> None:
@@ -56,7 +57,7 @@ def test_views_share_the_buffer_and_keep_it() -> None:
 
 def test_a_host_that_is_ahead_waits_for_tasks_of_several_dispatches() -> None:
     graph = Graph(_chain("Matmul", 20), ["y19"])  # two dispatches each: of 28, 10 are done at the most
-    assert peak_bytes(graph, MB, {}, ahead=Ahead(10, 10)) / MB == 12
+    assert peak_bytes(graph, MB, {}, lag=Ahead(10, 10)) / MB == 12
 
 
 def test_a_view_under_way_does_not_keep_an_operation_from_writing_in_place() -> None:
@@ -67,4 +68,4 @@ def test_a_view_under_way_does_not_keep_an_operation_from_writing_in_place() -> 
 def test_inputs_that_are_replaced_are_freed_once_for_all_their_views() -> None:
     changed = {"w": ("weights", 4 * MB), "view of w": ("weights", 4 * MB)}
     operations = [_operation("Matmul", "view of w", "g", 4), _operation("Compiled", "w g", "new", 4)]
-    assert peak_bytes(Graph(operations, ["new"]), 0, changed, ahead=Ahead(0)) / MB == 8
+    assert peak_bytes(Graph(operations, ["new"]), 0, changed, lag=Ahead(0)) / MB == 8

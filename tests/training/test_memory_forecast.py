@@ -18,7 +18,7 @@ from mlxflow.device import memory_limit, phase_peaks
 from mlxflow.kernels import codegen, model_kernels
 from mlxflow.training import build, memory_forecast
 from mlxflow.training.checkpoints import CheckpointStore
-from mlxflow.training.graph_memory import Ahead
+from mlxflow.training.device_lag import Ahead
 from mlxflow.training.memory_forecast import MemoryForecast, forecast_memory
 from mlxflow.training.settings import AdapterShape, TrainingSettings
 from mlxflow.training.step import Step
@@ -75,7 +75,7 @@ def _measured(subject: build.Subject, kernels: model_kernels.ModelKernels = NONE
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_of_recomputed_layers_the_activations_of_one_are_held(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer more costs its weights, their state and its input; its activations take fifteen times the input."""
-    monkeypatch.setattr(memory_forecast, "_AHEAD", {"cpu": Ahead(1)})
+    monkeypatch.setattr(memory_forecast, "_lags", lambda: (Ahead(1), Ahead(1)))
     settings = {"bits": 4 if method == "lora" else 0, "checkpoint_every": 1}
 
     def peak_and_held(num_layers: int) -> tuple[int, int]:
@@ -133,7 +133,7 @@ def test_the_peak_of_steps_is_predicted_within_5_percent_and_is_more_than_that_o
     expected = forecast_memory(subject, NONE, _rows())
     assert expected.tokens == ROWS * LENGTH
     with monkeypatch.context() as patch:
-        patch.setattr(memory_forecast, "_AHEAD", {"cpu": Ahead(0), "gpu": Ahead(0)})
+        patch.setattr(memory_forecast, "_lags", lambda: (Ahead(0), Ahead(0)))
         least = forecast_memory(subject, NONE, _rows()).peak_bytes
     measured = max(_measured(subject) for _ in range(2))  # where other work delays the host, it is less far ahead
     assert least * 0.98 <= measured

@@ -8,7 +8,7 @@ import pytest
 from mlxflow.data.token_file import Rows
 from mlxflow.device import phase_peaks
 from mlxflow.evaluation.perplexity import measure_perplexity
-from mlxflow.training.graph_memory import Ahead
+from mlxflow.training.device_lag import Ahead
 from mlxflow.training.validation_memory import validation_peak_bytes
 from tests.small_models import llama
 
@@ -30,7 +30,7 @@ def test_the_peak_of_a_validation_is_predicted_within_10_percent(bits: int, mask
     gc.collect()  # models of other tests
     held = mx.get_active_memory()
     expected, waiting = validation_peak_bytes(
-        model, rows, held, batch_size=2, masks_documents=masks_documents, aheads=[Ahead(100, 10), Ahead(10, 10)]
+        model, rows, held, batch_size=2, masks_documents=masks_documents, lags=[Ahead(100, 10), Ahead(10, 10)]
     )
     assert held < waiting <= expected
     assert model.training
