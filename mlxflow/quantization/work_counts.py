@@ -14,9 +14,10 @@ from mlxflow.quantization.rounding_check import CHECKED_ROWS
 # Forward passes over the calibration rows that a method is worth, besides what is counted in detail
 _PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 6, "block": 6, "qat": 0}
 
-# Operations to round a weight to a fitted grid, and to pack it. Below: those of a logit in a comparison of two models,
-# and in a training loss: exponentials and passes over memory, in the time of so many operations in products
-_ROUNDING, _PACKING = 1500, 100
+# Operations to round a weight to a fitted grid, and to pack it; on a CPU MLX compares a weight with every float of 4
+# bits. Below: those of a logit in a comparison of two models, and in a training loss: exponentials and passes over
+# memory, in the time of so many operations in products
+_ROUNDING, _PACKING, _PACKING_SMALL_FLOATS_ON_CPU = 1500, 100, 8_000
 _COMPARING, _TRAINING_LOSS = 10_000, 5_000
 
 _NOTHING = DoneWork()
@@ -77,7 +78,7 @@ def work_of(
     one_pass = 2.0 * shape.parameters * tokens
     own = _method_operations(request, shape, one_pass, tokens, row_tokens, num_rows)
     left = _method_operations(request, shape, one_pass, tokens, row_tokens, num_rows, done)
-    operations = left + shape.parameters * _PACKING + 4.0 * shape.parameters * validation_rows * row_tokens
+    operations = left + shape.parameters * _packing(request) + 4.0 * shape.parameters * validation_rows * row_tokens
     operations += 6.0 * shape.parameters * _checked_rows(request, validation_rows) * row_tokens
     operations += _logit_operations(request, tokens, row_tokens, validation_rows, done) * shape.vocab_size
     operations += (request.rotations + 2) * one_pass if request.rotations else 0.0
@@ -94,6 +95,12 @@ def work_of(
         *held_models(request, shape, row_tokens=row_tokens, tokens=tokens, is_unusual=is_unusual).values(),
     )
     return QuantizationWork(operations, held, _host_work(request, shape, done))
+
+
+def _packing(request: QuantizationRequest) -> int:
+    """Return the operations to pack a weight in the mode of most layers."""
+    is_slow = mx.default_device() == mx.cpu and request.default.mode in ("mxfp4", "nvfp4")
+    return _PACKING_SMALL_FLOATS_ON_CPU if is_slow else _PACKING
 
 
 def _host_work(request: QuantizationRequest, shape: ModelShape, done: DoneWork) -> HostWork:

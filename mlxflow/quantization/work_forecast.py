@@ -202,7 +202,10 @@ def _held_lines(held: Mapping[str, float], unusual: str, *, task: str) -> Iterat
 
 
 def kind_of(request: QuantizationRequest) -> str:
-    """Return the method and what else is done besides it, in words: runs of one kind predict each other."""
+    """Return the method and what else is done besides it, in words: runs of one kind predict each other.
+
+    Float modes are kinds of their own: on a CPU they are packed at another pace and in other memory than affine codes.
+    """
     extras = {
         "rotations": request.rotations,
         "scales": request.scale_steps,
@@ -210,7 +213,9 @@ def kind_of(request: QuantizationRequest) -> str:
         "distillation": request.training is not None and request.training.distills,
     }
     found = [name for name, is_done in extras.items() if is_done]
-    return f"{request.method} with {' and '.join(found)}" if found else request.method
+    mode = request.default.stored_mode
+    method = request.method if mode == "affine" else f"{request.method} in {mode}"
+    return f"{method} with {' and '.join(found)}" if found else method
 
 
 def described(

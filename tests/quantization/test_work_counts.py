@@ -99,6 +99,19 @@ def test_work_on_the_cpu_is_counted_once_for_layers_that_share_their_inputs() ->
     assert not any(_work("block", done=DoneWork(1.0)).host)
 
 
+def test_a_cpu_takes_longer_to_pack_floats_of_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [Setting("affine", 4, 64), Setting("mxfp8", 8, 32), Setting("mxfp4", 4, 32), Setting("nvfp4", 4, 16)]
+
+    def operations(device: mx.DeviceType) -> list[float]:
+        monkeypatch.setattr(mx, "default_device", lambda: device)
+        return [_work("rtn", default=setting).operations for setting in settings]
+
+    affine, bytes_, mx4, nv4 = operations(mx.cpu)
+    assert affine == bytes_
+    assert mx4 == nv4 == affine + _shape().parameters * (8_000 - 100)
+    assert len(set(operations(mx.gpu))) == 1
+
+
 def test_more_work_takes_longer() -> None:
     plain = {method: _work(method).operations for method in ("rtn", "gptq", "awq", "dwq", "block")}
     assert all(plain["rtn"] < value for method, value in plain.items() if method != "rtn")

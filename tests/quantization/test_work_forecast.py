@@ -9,6 +9,7 @@ import pytest
 from benchmarks.quantization_forecast import forecast_seconds
 from mlxflow.quantization import block_calls, work_forecast
 from mlxflow.quantization.bit_allocation import BudgetRequest
+from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.work_counts import work_of
 from mlxflow.quantization.work_forecast import described, dtype_of_products, kind_of, operations_per_second, predicted
 from mlxflow.quantization.work_records import WorkRecord, read_records
@@ -58,6 +59,9 @@ def test_runs_of_one_kind_predict_each_other() -> None:
     assert kind_of(request_of("rtn")) == "rtn"
     assert kind_of(request_of("rtn", rotations=2, budget=budget)) == "rtn with rotations and a budget"
     assert kind_of(request_of("block", scale_steps=3)) == "block with scales"
+    assert kind_of(request_of("rtn", default=Setting("nvfp4", 4, 16))) == "rtn in nvfp4"
+    assert kind_of(request_of("rtn", default=Setting("symmetric", 4, 64))) == "rtn"
+    assert kind_of(request_of("qat", default=Setting("mxfp4", 4, 32), rotations=1)) == "qat in mxfp4 with rotations"
 
 
 def test_the_trial_has_the_dtype_in_which_a_cpu_computes() -> None:
