@@ -49,6 +49,8 @@ def _quantize(report: dict[str, Any]) -> Iterator[str]:
     if quality := report.get("quality"):
         dense, own = quality["dense_perplexity"], quality["perplexity"]
         yield f"held-out perplexity {_perplexity(own)} (unquantized {_perplexity(dense)})"
+    else:
+        yield "quality not measured without data"
 
 
 def _export(report: dict[str, Any]) -> Iterator[str]:

@@ -106,6 +106,10 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
             f"(+- {quality.perplexity_standard_error:.2g}), divergence {quality.kl:.3g} nats a token, "
             f"{quality.top1_agreement:.1%} of the likeliest tokens equal"
         )
+    else:
+        console.print("quality not measured without data: name a pretokenize stage in its key data")
+    for line in report.warnings:
+        console.print(line)
 
 
 def _show_tokens(console: "Console", folder: Path, task: str, row: int | None) -> None:
@@ -143,6 +147,7 @@ def _summary(report: PretokenizeReport) -> Iterator[str]:
             f"{source.bytes_per_token} bytes a token, {source.duplicates:,} duplicates, "
             f"{source.bad_records:,} bad records"
         )
+    yield from report.warnings
 
 
 def _show_row(console: "Console", train: Any, tokenizer: Any, names: list[str], row: int) -> None:

@@ -147,6 +147,7 @@ def _evaluation(report: EvaluateReport, task: str) -> Iterator[str]:
     if compared:
         yield table_of(("task", "models", "difference", interval, "better items", "worse", "verdict"), compared)
     yield f"{task}: {len(rows)} results, {report.run.known} of them known from an earlier run"
+    yield from report.warnings
 
 
 def _peak_of(run: TrainingRun) -> str:

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,24 @@ def test_a_report_of_another_form_is_not_printed(
     write_report(path, report)
     command = f"mlxflow build quantize:q4 --workflow {job}/workflow.toml"
     assert _show(job, capsys, "quantize:q4") == (2, "", f"{path}: {said}. Run: {command}\n")
+
+
+def test_warnings_are_shown_and_that_the_quality_was_not_measured(
+    built: Path, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "quality not measured" not in _show(built, capsys, "quantize:q4")[1]
+    shutil.copytree(built / "artifacts", job / "artifacts")
+    path = job / "artifacts/quantize/q4/report.toml"
+    report = read_report(path)
+    del report["quality"]
+    write_report(path, report | {"warnings": ["it is worse"]})
+    assert _show(job, capsys, "quantize:q4")[1].splitlines()[-2:] == [
+        "quality not measured without data: name a pretokenize stage in its key data",
+        "it is worse",
+    ]
+    path = job / "artifacts/pretokenize/report.toml"
+    write_report(path, read_report(path) | {"warnings": ["there is little text"]})
+    assert "there is little text\n" in _show(job, capsys, "pretokenize")[1]
 
 
 def test_odd_names_are_printed_without_control_characters(

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mlxflow.cli.command import main
-from mlxflow.cli.stage_texts import _curve, _peak_of
+from mlxflow.cli.stage_texts import _curve, _peak_of, text_of
+from mlxflow.report.stage_reports.evaluate import EvaluateReport, EvaluateRun
 from mlxflow.storage import report_files
 from mlxflow.training.figures import TrainingRun
 
@@ -70,3 +71,13 @@ def test_show_prints_the_efficiency_of_ranks(built: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.splitlines()[-1] == (
         "2 ranks (ring) 19 tokens/s, one process 10 tokens/s: 1.90 times as fast, an efficiency of 95%"
     )
+
+
+def test_warnings_of_an_evaluation_are_shown() -> None:
+    report = EvaluateReport(
+        confidence=0.95, accuracies=(), warnings=("asked otherwise",), run=EvaluateRun(computed=0, known=2)
+    )
+    assert text_of(report, Path(), "evaluate").splitlines()[-2:] == [
+        "evaluate: 0 results, 2 of them known from an earlier run",
+        "asked otherwise",
+    ]
