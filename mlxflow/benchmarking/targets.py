@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.report.stage_reports.benchmark import PromiseFigures
 from mlxflow.report.stage_reports.benchmark_rows import Bounded, ModelFigures, ModelRow, TimedFigures, TrainingRow
 
@@ -119,5 +120,5 @@ def _memory(baseline: TimedFigures, workflow: TimedFigures, batch_size: int) -> 
     own, other = workflow.peak_memory_bytes, baseline.peak_memory_bytes
     saved = 1 - own / other
     word = "less" if saved >= 0 else "more"
-    figure = f"{abs(saved):.0%} {word}: {own:,} bytes instead of {other:,} at {batch_size} rows"
+    figure = f"{abs(saved):.0%} {word}: {show_bytes(own)} instead of {show_bytes(other)} at {batch_size} rows"
     return PromiseFigures(promise=_TRAINING_MEMORY, holds=saved >= 0.3, measured=saved, figure=figure)

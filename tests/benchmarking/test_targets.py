@@ -68,6 +68,6 @@ def test_without_paired_rounds_the_speedup_is_the_ratio_of_the_speeds() -> None:
 
 
 def test_an_increase_in_memory_is_reported_as_more() -> None:
-    rows = [training_row(100, name="baseline", peak=100), training_row(100, peak=120)]
+    rows = [training_row(100, name="baseline", peak=100_000_000), training_row(100, peak=120_000_000)]
     figure = check_targets(rows, [], 0.0, 8)["training_memory"].figure
-    assert figure == "20% more: 120 bytes instead of 100 at 8 rows"
+    assert figure == "20% more: 0.12 GB instead of 0.10 GB at 8 rows"
