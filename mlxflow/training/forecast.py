@@ -1,9 +1,10 @@
 """What a training will take, before it begins: peak memory and seconds to the end, from its shapes and some trials.
 
-If its predicted memory fits (`memory_forecast`), steps are timed with all rows of a pass. Otherwise a quarter and a
-half of them are tried, and the time and peak of a pass are taken for linear in its tokens: what a trial is off by, the
-result is off by up to three times as much. Where a pass has a single row, its beginning is tried, and time that grows
-with the square of the length is underestimated. An update does not grow with the tokens.
+If its predicted memory fits (`memory_forecast`), steps with all rows of a pass are timed, and their peak is measured:
+how far the host is ahead of the device depends on the speed of both. Otherwise a quarter and a half of the rows are
+tried, and the time of a pass is taken for linear in its tokens, as is its peak where none is predicted: what a trial is
+off by, the result is off by up to three times as much. Where a pass has a single row, its beginning is tried, and time
+that grows with the square of the length is underestimated. An update does not grow with the tokens.
 
 Seconds to the end are those of the start, of what is compiled in the first step, of all steps, and of all validations;
 some rows are validated to know them. Checkpoints and the model folder take what a sample of their bytes does.
@@ -133,8 +134,11 @@ def forecast(
         validations=num_validations(settings) + 1,
         writing=_writing_seconds(request, subject, many.state_bytes, context),
     )
-    peak = traced.peak_bytes if traced else _peak(few, many, count)
-    return Forecast(peak, seconds, count, note, advice, traced.least_bytes if traced else peak)
+    peak = _peak(few, many, count)
+    if traced is not None:
+        peak = max(peak, traced.validation_bytes) if whole else traced.peak_bytes
+    least = min(peak, traced.least_bytes) if traced else peak
+    return Forecast(peak, seconds, count, note, advice, least)
 
 
 def num_validations(settings: TrainingSettings) -> int:
@@ -181,7 +185,7 @@ def _traced(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> Memory
 def _peak(few: StepTrial, many: StepTrial, tokens: int) -> float:
     """Return the peak of a step: that of its pass grows with the tokens, that of its update does not."""
     of_pass = _at(tokens, few.tokens, few.pass_peak_bytes, many.tokens, many.pass_peak_bytes)
-    return max(of_pass, many.peak_bytes)
+    return max(of_pass, many.peak_bytes) - many.replaced_bytes
 
 
 def _at(tokens: int, few: int, less: float, many: int, more: float) -> float:

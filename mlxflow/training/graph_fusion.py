@@ -21,6 +21,8 @@ _BINARY = (
 #: Operations of one number of each input.
 ELEMENTWISE = frozenset((_UNARY + " " + _BINARY + " Select").split())
 _NO_OPERATION = frozenset(("Copy", "StopGradient"))
+# MLX takes no two of them for equal
+_NEVER_EQUAL = frozenset(("CustomKernel",))
 
 # Bounds of MLX's fusion
 _MAX_DEPTH, _MAX_INPUTS = 11, 24
@@ -57,7 +59,8 @@ def _simplified(graph: Graph) -> Graph:
             renamed[operation.outputs[0].name] = operation.inputs[0]
             continue
         same = known.setdefault((operation.name, operation.arguments, operation.inputs), operation)
-        if same is operation or not operation.inputs:  # MLX compares those that share an input: ranges stay
+        is_alone = not operation.inputs or operation.name in _NEVER_EQUAL
+        if same is operation or is_alone:  # MLX compares those that share an input: ranges stay
             kept.append(operation)
             continue
         for value, other in zip(operation.outputs, same.outputs, strict=True):

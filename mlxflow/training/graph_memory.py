@@ -8,7 +8,7 @@ freed when the device, which the host is ahead of, is done: on the CPU with an o
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from mlxflow.ops.graph_trace import CUSTOM, Operation
 from mlxflow.training.device_lag import Buffer, Lag, Sent
@@ -92,11 +92,11 @@ class _Memory:
         return [name for name in dict.fromkeys(names) if name in self.of]
 
 
-def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, int]], *, lag: Lag) -> int:
-    """Return the peak of the memory of a graph's arrays.
+def peak_bytes(graphs: Sequence[Graph], held_bytes: int, changed: Mapping[str, tuple[str, int]], *, lag: Lag) -> int:
+    """Return the peak of the memory of arrays.
 
     Args:
-        graph: of compiled functions.
+        graphs: of compiled functions, evaluated one after the other; the results of the last one are kept.
         held_bytes: of inputs that stay.
         changed: other inputs, freed after their last use: the name of their buffer, which several may share, and its
             bytes.
@@ -105,10 +105,11 @@ def peak_bytes(graph: Graph, held_bytes: int, changed: Mapping[str, tuple[str, i
     memory = _Memory(held_bytes)
     memory.bind_inputs(changed)
     device = lag.device(memory.release)
-    order = scheduled(graph)
-    sizes = {value.name: value.size for value in (*graph.inputs, *(one for each in order for one in each.outputs))}
+    order = [operation for graph in graphs for operation in scheduled(graph)]
+    sizes = {value.name: value.size for graph in graphs for value in graph.inputs}
+    sizes |= {value.name: value.size for operation in order for value in operation.outputs}
     uses = Counter(name for operation in order for name in set(operation.inputs))
-    uses.update(graph.results)  # never used up
+    uses.update(graphs[-1].results)  # never used up
     scattered: set[str] = set()
     for operation in order:
         device.finish_early_ones()

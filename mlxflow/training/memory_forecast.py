@@ -114,7 +114,7 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
 
 def _forecast(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast:
     with restored(subject.model), build.ready_step(subject, kernels) as step:
-        graph, held, changed = _graph_of(step, subject, rows)
+        graphs, held, changed = _graphs_of(step, subject, rows)
     lags = _lags()
     of_validation = validation_peak_bytes(
         subject.model,
@@ -124,7 +124,7 @@ def _forecast(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> Memo
         masks_documents=subject.settings.masks_documents,
         lags=lags,
     )
-    of_step = [graph_memory.peak_bytes(graph, held, changed, lag=lag) for lag in lags]
+    of_step = [graph_memory.peak_bytes(graphs, held, changed, lag=lag) for lag in lags]
     peak, waiting = (max(pair) for pair in zip(of_step, of_validation, strict=True))
     return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation[0], waiting)
 
@@ -141,8 +141,11 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _graph_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[Graph, int, dict[str, tuple[str, int]]]:
-    """Return the graph of a step, the bytes that it never frees, and the buffers that it replaces."""
+def _graphs_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[list[Graph], int, dict[str, tuple[str, int]]]:
+    """Return the graphs of a step, the bytes that they never free, and the buffers that they replace.
+
+    The trainer sends the gradients to the device before the update that reads them.
+    """
     model, update = subject.model, step.of_update
     weights, state = dict(tree_flatten(model.parameters())), dict(tree_flatten(update.state))
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
@@ -164,7 +167,7 @@ def _graph_of(step: Step, subject: build.Subject, rows: Rows) -> tuple[Graph, in
     gradients = dict(zip(given, first.results, strict=False))  # the state follows
     linked = [one.with_inputs(gradients) for one in second.operations]
     results = [gradients.get(name, name) for name in second.results]
-    return Graph([*first.operations, *linked], results, [*passed.inputs, *updated.inputs]), held, changed
+    return [first, Graph(linked, results, updated.inputs)], held, changed
 
 
 def _long_array(step: Step, name: str) -> str:

@@ -12,6 +12,7 @@ from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.training import build
 from mlxflow.training.memory_threshold import first_threshold
 from mlxflow.training.precompile import restored
+from mlxflow.training.step import Step
 
 # The most steps that a trial sends to the device together
 _MOST_AHEAD = 5
@@ -31,6 +32,8 @@ class StepTrial(NamedTuple):
         update_seconds: of an update.
         first_seconds: what the first pass and update took beyond the second ones: what is compiled in them.
         state_bytes: of a checkpoint after it.
+        replaced_bytes: of the trained weights from before it, which are held beside the new ones to be restored; a
+            training does not hold them.
     """
 
     tokens: int
@@ -40,6 +43,7 @@ class StepTrial(NamedTuple):
     update_seconds: float
     first_seconds: float = 0.0
     state_bytes: int = 0
+    replaced_bytes: int = 0
 
 
 def try_step(
@@ -61,6 +65,7 @@ def try_step(
     """
     tokens, marks = mx.array(rows.tokens), mx.array(rows.marks)
     steps = subject.settings.num_steps
+    replaced = sum(value.nbytes for _, value in tree_flatten(subject.model.trainable_parameters()))
     count = int(tokens.shape[0] * (tokens.shape[1] - 1))
     try:
         with (
@@ -85,14 +90,14 @@ def try_step(
             ahead = _num_ahead(subject.settings.lazy_eval_every, lone[-1])
             begin, taken = time.perf_counter(), 0
             while not taken or (taken < steps and time.perf_counter() - begin < least_seconds):
-                for _ in range(ahead):  # as the trainer sends them
-                    mx.async_eval(step.update(step.compute(tokens, marks)), step.state)
+                for _ in range(ahead):
+                    _send(step, tokens, marks)
                 _wait(step.state)
                 taken += ahead
             seconds = (time.perf_counter() - begin) / taken
             state_bytes = sum(value.nbytes for _, value in tree_flatten(step.whole_state()))
         of_step = max(0.0, seconds - update_seconds), update_seconds, max(0.0, lone[0] - lone[1])
-        return StepTrial(count, peak.bytes, of_pass.bytes, *of_step, state_bytes)
+        return StepTrial(count, peak.bytes, of_pass.bytes, *of_step, state_bytes, replaced)
     except RuntimeError as error:
         if memory_errors.out_of_memory_bytes(error) is None:
             raise
@@ -100,6 +105,15 @@ def try_step(
         return None
     finally:
         mx.clear_cache()
+
+
+def _send(step: Step, tokens: mx.array, marks: mx.array) -> None:
+    """Send a step to the device as the trainer does: the gradients, and then the update, which frees them."""
+    gradients = step.compute(tokens, marks)
+    mx.async_eval(gradients)
+    outcome = step.update(gradients)
+    del gradients
+    mx.async_eval(outcome, step.state)
 
 
 def _num_ahead(lazy_eval_every: int, seconds: float) -> int:

@@ -75,5 +75,5 @@ def _peak(
         model.update(tree_unflatten(list(weights.items())))
     graph = Graph(traced.operations, [value.name for value in traced.outputs], traced.inputs)
     shape, dtype = results[0].shape, results[0].dtype
-    peaks = [graph_memory.peak_bytes(graph, held_bytes, {}, lag=lag) for lag in lags]
+    peaks = [graph_memory.peak_bytes([graph], held_bytes, {}, lag=lag) for lag in lags]
     return peaks, mx.zeros(shape, dtype)

@@ -24,6 +24,11 @@ def test_the_peak_of_the_update_does_not_grow_with_the_tokens() -> None:
     assert _peak(few, many, 4000) == pytest.approx(420)
 
 
+def test_the_weights_of_before_a_trial_are_no_part_of_the_peak_of_a_training() -> None:
+    trial = StepTrial(100, 90, 30, 1.0, 0.1, replaced_bytes=20)
+    assert _peak(trial, trial, 100) == 70
+
+
 def test_seconds_to_the_end_count_start_compilation_every_validation_and_what_is_written() -> None:
     seconds = Seconds(start=3, first_step=2, step=0.5, steps=60, validation=4, validations=3, writing=7)
     assert seconds.total == 3 + 2 + 30 + 12 + 7
@@ -74,11 +79,16 @@ class _Stand:
 
 
 @pytest.mark.parametrize(
-    ("traced", "tried", "step", "peak"),
-    [(900, [8], 7.0, 900), (1100, [2, 4], 6.0, 1100), (None, [2, 4], 6.0, 400)],
+    ("traced", "of_validation", "tried", "step", "peak"),
+    [
+        (900, 100, [8], 7.0, 800),  # measured
+        (900, 850, [8], 7.0, 850),
+        (1100, 100, [2, 4], 6.0, 1100),
+        (None, 0, [2, 4], 6.0, 400),
+    ],
 )
 def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
-    traced: int | None, tried: list[int], step: float, peak: int, monkeypatch: pytest.MonkeyPatch
+    traced: int | None, of_validation: int, tried: list[int], step: float, peak: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = TrainingSettings(num_steps=10, batch_size=8, warmup_steps=0, grad_accum_steps=2, eval_every=4)
     rows, trials = Rows(np.zeros((16, 5), np.int32), np.full((16, 5), 3, np.uint8)), []
@@ -92,7 +102,7 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     def forecast_memory(*_: Any) -> MemoryForecast:
         if traced is None:
             raise ValueError("an operation that cannot be exported")
-        return MemoryForecast(traced, 32)
+        return MemoryForecast(traced, 32, of_validation)
 
     subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
     monkeypatch.setattr(job, "prepare", lambda *_: (None, subject, None))

@@ -44,6 +44,12 @@ def test_equal_operations_are_merged_and_unneeded_ones_left_out() -> None:
     assert graph.operations[-1].inputs == ("a", "c", "a")
 
 
+def test_kernels_of_ones_own_are_never_merged() -> None:
+    operations = [_operation("CustomKernel", "x", name) for name in "ab"] + [_operation("Concatenate", "a b", "c", 2)]
+    graph = compiled(Traced(operations, [_value("x")], [_value("c", 2)]))
+    assert graph.operations[-1].inputs == ("a", "b")
+
+
 @pytest.mark.parametrize("is_used", [False, True])
 def test_elementwise_operations_are_fused_unless_something_else_needs_them(is_used: bool) -> None:
     operations = [*_chain("Exp", 3), _operation("Matmul", "y0 y2" if is_used else "y2", "z")]

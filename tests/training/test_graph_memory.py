@@ -25,7 +25,7 @@ def _chain(kind: str, length: int) -> list[Operation]:
 
 
 def _peak(operations: Sequence[Operation], *results: str, lag: int = 0, held: int = MB) -> float:
-    return peak_bytes(Graph(operations, results), held, {}, lag=Ahead(lag)) / MB
+    return peak_bytes([Graph(operations, results)], held, {}, lag=Ahead(lag)) / MB
 
 
 def test_a_product_needs_its_input_and_its_result() -> None:
@@ -57,7 +57,7 @@ def test_views_share_the_buffer_and_keep_it() -> None:
 
 def test_a_host_that_is_ahead_waits_for_tasks_of_several_dispatches() -> None:
     graph = Graph(_chain("Matmul", 20), ["y19"])  # two dispatches each: of 28, 10 are done at the most
-    assert peak_bytes(graph, MB, {}, lag=Ahead(10, 10)) / MB == 12
+    assert peak_bytes([graph], MB, {}, lag=Ahead(10, 10)) / MB == 12
 
 
 def test_a_view_under_way_does_not_keep_an_operation_from_writing_in_place() -> None:
@@ -68,4 +68,13 @@ def test_a_view_under_way_does_not_keep_an_operation_from_writing_in_place() -> 
 def test_inputs_that_are_replaced_are_freed_once_for_all_their_views() -> None:
     changed = {"w": ("weights", 4 * MB), "view of w": ("weights", 4 * MB)}
     operations = [_operation("Matmul", "view of w", "g", 4), _operation("Compiled", "w g", "new", 4)]
-    assert peak_bytes(Graph(operations, ["new"]), 0, changed, lag=Ahead(0)) / MB == 8
+    assert peak_bytes([Graph(operations, ["new"])], 0, changed, lag=Ahead(0)) / MB == 8
+
+
+def test_what_is_evaluated_first_is_kept_until_the_second_graph_reads_it() -> None:
+    """In one graph `b` is made when `a` was read."""
+    first = [_operation("Matmul", "x", "a", 4), _operation("Matmul", "x", "b", 4)]
+    second = [_operation("Reduce", "a", "c"), _operation("Concatenate", "b c", "d")]
+    assert _peak([*first, *second], "d") == 1 + 1 + 4 + 1
+    graphs = [Graph(first, ["a", "b"]), Graph(second, ["d"])]
+    assert peak_bytes(graphs, MB, {}, lag=Ahead(0)) / MB == 1 + 4 + 4 + 1

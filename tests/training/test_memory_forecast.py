@@ -65,7 +65,11 @@ def _measured(subject: build.Subject, kernels: model_kernels.ModelKernels = NONE
         mx.eval(step.state)
         with phase_peaks.followed() as peak:
             for _ in range(3):
-                mx.async_eval(step.update(step.compute(tokens, marks)), step.state)
+                gradients = step.compute(tokens, marks)
+                mx.async_eval(gradients)
+                outcome = step.update(gradients)
+                del gradients
+                mx.async_eval(outcome, step.state)
             mx.eval(step.state)
             mx.synchronize()
     mx.clear_cache()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlxflow.data.token_file import Rows
+from mlxflow.device import phase_peaks
 from mlxflow.kernels import model_kernels
 from mlxflow.training import build
 from mlxflow.training.memory_threshold import first_threshold
@@ -38,6 +39,30 @@ def test_the_peak_of_a_trial_grows_with_the_tokens() -> None:
     assert (whole.tokens, part.tokens) == (8 * LENGTH, 2 * LENGTH)
     assert part.peak_bytes < whole.peak_bytes
     assert min(whole.seconds, part.seconds) > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_peak_of_a_trial_is_that_of_steps_beside_the_weights_that_it_restores(precision: str) -> None:
+    model, _ = llama(vocab_size=2048, hidden_size=192, intermediate_size=512, num_layers=2, num_heads=6, seed=0)
+    settings = TrainingSettings(batch_size=8, warmup_steps=0, precision=precision)  # type: ignore[arg-type]
+    build.prepare_model(model, settings, adapter_seed=0)
+    subject, rows = build.Subject(model, settings, 2048, LENGTH), _rows()
+    trial = try_step(subject, model_kernels.no_kernels(), rows)
+    assert trial is not None
+    batch = mx.array(rows.tokens), mx.array(rows.marks)
+    with build.ready_step(subject, model_kernels.no_kernels()) as step:
+        mx.eval(step.state)
+        with phase_peaks.followed() as peak:
+            for _ in range(4):
+                gradients = step.compute(*batch)
+                mx.async_eval(gradients)
+                outcome = step.update(gradients)
+                del gradients
+                mx.async_eval(outcome, step.state)
+            mx.eval(step.state)
+            mx.synchronize()
+    assert trial.peak_bytes - trial.replaced_bytes == pytest.approx(peak.bytes, rel=0.03)
+    assert trial.replaced_bytes > 0.035 * peak.bytes
 
 
 def test_a_longer_trial_takes_no_more_steps_than_the_training_has(monkeypatch: pytest.MonkeyPatch) -> None:
