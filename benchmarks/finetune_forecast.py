@@ -53,6 +53,7 @@ JOBS = {
         **_ON_GPU,
     ),
 }
+_UNITS = {"MB": 1e-3, "GB": 1.0}
 _STEPS = int(os.environ.get("STEPS", "20"))
 
 
@@ -81,20 +82,39 @@ def _compare(name: str, project: Path, model: Path) -> None:
     said = _run(project, "run", "train").stderr
     seconds = time.perf_counter() - begin - _waited_seconds(said)
     run = tomllib.loads((project / "artifacts/train/report.toml").read_text())["run"]
-    found = re.search(
-        r"([\d,.]+) MB in a pass.*?about ([\d,.]+) seconds to the end: .* ([\d,.]+) a step", predicted, re.DOTALL
+    memory, unit, to_end, start, opening, choosing, first, of_step, of_validation, validations, writing = _parts(
+        predicted
     )
-    assert found, predicted
-    memory, to_end, of_step = (float(number.replace(",", "")) for number in found.groups())
     steady = (run["training_seconds"] - run["compile_seconds"]) / (_STEPS - 1)
-    row = {
+    row: dict[str, Any] = {
         "job": name,
-        "peak_gb": [round(memory / 1e3, 3), round(run["training_peak_memory_bytes"] / 1e9, 3)],
+        "peak_gb": [round(memory * _UNITS[unit], 3), round(run["training_peak_memory_bytes"] / 1e9, 3)],
         "step_seconds": [of_step, round(steady, 2)],
+        "first_step_seconds": [round(first + of_step, 1), round(run["compile_seconds"], 1)],
+        "steps_seconds": [round(first + of_step * _STEPS, 1), round(run["training_seconds"], 1)],
+        "outside_the_stage_seconds": [start, round(seconds - run["seconds"], 1)],
+        "rest_seconds": [
+            round(2 * opening + choosing + of_validation * validations + writing, 1),
+            round(run["seconds"] - run["training_seconds"], 1),
+        ],
         "seconds": [to_end, round(seconds, 1)],
     }
-    ratios = {f"{key}_ratio": round(pair[0] / pair[1], 2) for key, pair in row.items() if isinstance(pair, list)}
+    compared = ("peak_gb", "step_seconds", "seconds")
+    ratios = {f"{key}_ratio": round(row[key][0] / row[key][1], 2) for key in compared}
     print(json.dumps(row | ratios), flush=True)
+
+
+def _parts(predicted: str) -> tuple[Any, ...]:
+    """Return what `fit` printed: a peak and its unit, the seconds to the end, and those of its parts."""
+    found = re.search(
+        r"([\d,.]+) (MB|GB) in a pass.*?about ([\d,.]+) seconds to the end: ([\d,.]+) to start, ([\d,.]+) to open .*?, "
+        r"([\d,.]+) to choose .*?, ([\d,.]+) more for the first step, ([\d,.]+) a step, ([\d,.]+) each of (\d+) "
+        r"validations, ([\d,.]+) to write",
+        predicted,
+        re.DOTALL,
+    )
+    assert found, predicted
+    return tuple(text if text in _UNITS else float(text.replace(",", "")) for text in found.groups())
 
 
 def _write(project: Path, model: Path, job: Job) -> None:

@@ -121,10 +121,11 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
 
 def _described(seconds: "Seconds") -> str:
     """Return the seconds to the end and those of their parts."""
-    begin = seconds.start + seconds.first_step
     return (
-        f"about {seconds.total:,.1f} seconds to the end: {begin:,.1f} to start and to compile, "
-        f"{seconds.step:,.2f} a step, {seconds.validation:,.1f} each of {seconds.validations} validations, "
+        f"about {seconds.total:,.1f} seconds to the end: {seconds.start:,.1f} to start, {seconds.opening:,.1f} to open "
+        f"the model, as often for the written one, {seconds.choosing:,.1f} to choose kernels and predict the memory, "
+        f"{seconds.first_step:,.1f} more for the first step, {seconds.step:,.2f} a step, "
+        f"{seconds.validation:,.1f} each of {seconds.validations} validations, "
         f"{seconds.writing:,.1f} to write"
     )
 

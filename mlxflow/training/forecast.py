@@ -6,10 +6,13 @@ tried, and the time of a pass is taken for linear in its tokens, as is its peak 
 off by, the result is off by up to three times as much. Where a pass has a single row, its beginning is tried, and time
 that grows with the square of the length is underestimated. An update does not grow with the tokens.
 
-Seconds to the end are those of the start, of what is compiled in the first step, of all steps, and of all validations;
-some rows are validated to know them. Checkpoints and the model folder take what a sample of their bytes does.
+Seconds to the end are those of the start, of opening the model and the one that was written, of the first step's trace,
+of all steps, and of all validations; some rows are validated to know them. Kernels that are verified here, and
+operations that are compiled here, are kept for the training that follows, and their time is not counted. Checkpoints
+and the model folder take what a sample of their bytes does.
 """
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -19,8 +22,9 @@ from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.models import quantized_layers
+from mlxflow.storage import user_folders
 from mlxflow.storage.run_context import Context
-from mlxflow.training import build, job
+from mlxflow.training import build, job, kernel_selection
 from mlxflow.training.checkpointing_choice import choose_checkpointing
 from mlxflow.training.lora_config import decide_fuse
 from mlxflow.training.memory_advice import memory_advice
@@ -40,9 +44,10 @@ class Seconds(NamedTuple):
     """The seconds of the parts of a training.
 
     Attributes:
-        start: until the first validation: the process starts, the model is opened, kernels are selected, and
-            recomputed layers are chosen or the memory is predicted.
-        first_step: what the first step takes beyond a later one.
+        start: of the process.
+        opening: the model is opened; at the end that which was written, too.
+        choosing: kernels are selected, and recomputed layers are chosen or the memory is predicted.
+        first_step: what the first step takes beyond a later one where its operations were compiled before.
         step: of a step.
         steps: number of steps.
         validation: of a validation.
@@ -51,6 +56,8 @@ class Seconds(NamedTuple):
     """
 
     start: float
+    opening: float
+    choosing: float
     first_step: float
     step: float
     steps: int
@@ -62,7 +69,7 @@ class Seconds(NamedTuple):
     def total(self) -> float:
         """All of it."""
         computing = self.first_step + self.step * self.steps + self.validation * self.validations
-        return self.start + computing + self.writing
+        return self.start + 2 * self.opening + self.choosing + computing + self.writing
 
 
 class Forecast(NamedTuple):
@@ -101,12 +108,10 @@ def forecast(
     Raises:
         UserError: a setting does not fit the model.
     """
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        kept_apart = request.kernels._replace(memory_file=Path(scratch) / "kernels.json")
-        _, subject, kernels = job.prepare(request._replace(kernels=kept_apart), tokens, context)
+    subject, kernels, opening, selecting = _prepared(request, tokens, context)
     settings, note = subject.settings, ""
     rows = tokens.rows.head(settings.batch_size)
+    choosing = time.perf_counter()
     if request.picks_checkpointing:
         choice = choose_checkpointing(subject, kernels, rows, limit_bytes=context.memory_limit_bytes)
         settings, note = choice.layers.applied_to(settings), choice.line
@@ -115,30 +120,87 @@ def forecast(
     chosen = time.perf_counter()
     traced = _traced(subject, kernels, rows)
     ready = chosen if request.picks_checkpointing else time.perf_counter()  # such a training predicts no memory
-    start_seconds = before_seconds + ready - begin
+    started = Seconds(before_seconds, opening, selecting + ready - choosing, 0, 0, settings.num_steps, 0, 0)
     in_validation = traced is not None and traced.is_of_validation
     advice = memory_advice(settings, subject.names, rows=rows.num_rows, in_validation=in_validation)
     fits = traced is not None and traced.least_bytes <= context.memory_limit_bytes
-    whole = try_step(subject, kernels, rows, least_seconds=_TIMED_SECONDS) if fits else None
-    few, many = (whole, whole) if whole else (try_step(subject, kernels, part_of(rows, share)) for share in (4, 2))
-    if few is None:
-        return Forecast(None, Seconds(start_seconds, 0, 0, settings.num_steps, 0, 0), count, note, advice)
-    many = many or few
+    trials = _tried(subject, kernels, rows, fits=fits)
+    if trials is None:
+        return Forecast(None, started, count, note, advice)
+    few, many = trials.few, trials.many
     pass_seconds = _at(count, few.tokens, few.seconds, many.tokens, many.seconds)
-    seconds = Seconds(
-        start=start_seconds,
-        first_step=many.first_seconds,
+    seconds = started._replace(
+        first_step=trials.first_seconds,
         step=pass_seconds * settings.grad_accum_steps + many.update_seconds,
-        steps=settings.num_steps,
         validation=_validation_seconds(subject, validation.head(settings.max_validation_rows)),
         validations=num_validations(settings) + 1,
         writing=_writing_seconds(request, subject, many.state_bytes, context),
     )
-    peak = _peak(few, many, count)
-    if traced is not None:
-        peak = max(peak, traced.validation_bytes) if whole else traced.peak_bytes
-    least = min(peak, traced.least_bytes) if traced else peak
+    peak, least = _peaks(traced, trials, count)
     return Forecast(peak, seconds, count, note, advice, least)
+
+
+class _Trials(NamedTuple):
+    """The trials of a forecast.
+
+    Attributes:
+        few: that of fewer rows.
+        many: that of more; the same if all rows of a pass were tried.
+        first_seconds: what the first step of a later process takes beyond a later one.
+        is_whole: whether all rows were tried.
+    """
+
+    few: StepTrial
+    many: StepTrial
+    first_seconds: float
+    is_whole: bool
+
+
+def _tried(subject: build.Subject, kernels: ModelKernels, rows: Rows, *, fits: bool) -> _Trials | None:
+    """Return the trials of steps; None if not even a quarter of the rows fits into the memory."""
+    compiled = _num_compiled()
+    whole = try_step(subject, kernels, rows, least_seconds=_TIMED_SECONDS) if fits else None
+    if whole is not None:
+        first = None if _num_compiled() == compiled else try_step(subject, kernels, part_of(rows, 4))
+        return _Trials(whole, whole, (first or whole).first_seconds, is_whole=True)
+    few, many = (try_step(subject, kernels, part_of(rows, share)) for share in (4, 2))
+    if few is None:
+        return None
+    many = many or few
+    return _Trials(few, many, many.first_seconds, is_whole=False)
+
+
+def _peaks(traced: MemoryForecast | None, trials: _Trials, tokens: int) -> tuple[float, float]:
+    """Return the peak of a training, and that with a host that waits."""
+    peak = _peak(trials.few, trials.many, tokens)
+    if traced is None:
+        return peak, peak
+    peak = max(peak, traced.validation_bytes) if trials.is_whole else traced.peak_bytes
+    return peak, min(peak, traced.least_bytes)
+
+
+def _prepared(
+    request: job.Job, tokens: TokenFile, context: Context
+) -> tuple[build.Subject, ModelKernels, float, float]:
+    """Return what `job.prepare` does, and the seconds in which the model is opened and known kernels are selected."""
+    opened: list[float] = []
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        kept_apart = request.kernels._replace(memory_file=Path(scratch) / "kernels.json")
+        changed = request._replace(kernels=kept_apart)
+        _, subject, kernels = job.prepare(changed, tokens, context, on_open=lambda: opened.append(time.perf_counter()))
+        end = time.perf_counter()
+        again = kept_apart._replace(memory_file=Path(scratch) / "again.json", begun=None)
+        kernel_selection.select_kernels(again, subject, tokens.rows.head(subject.settings.batch_size))
+        known_seconds = time.perf_counter() - end
+    opening = opened[0] if opened else end
+    return subject, kernels, opening - begin, min(end - opening, known_seconds)
+
+
+def _num_compiled() -> int:
+    """Return the number of files that MLX has compiled for this user: functions for the CPU, kernels for CUDA."""
+    folders = {str(user_folders.prepare_compiled_folder()), os.environ.get("MLX_PTX_CACHE_DIR", "")}
+    return sum(len(files) for folder in folders if folder for _, _, files in os.walk(folder))
 
 
 def num_validations(settings: TrainingSettings) -> int:

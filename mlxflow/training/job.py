@@ -1,5 +1,6 @@
 """The work of the stage `train`: open the model, select kernels, train, write the model folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +137,7 @@ def run_job(
 
 
 def prepare(
-    job: Job, tokens: TokenFile, context: Context
+    job: Job, tokens: TokenFile, context: Context, *, on_open: Callable[[], object] = lambda: None
 ) -> tuple[starting_model.StartingModel, build.Subject, ModelKernels]:
     """Open the model, resolve the settings that depend on it, and select the kernels.
 
@@ -144,6 +145,7 @@ def prepare(
         job: the request.
         tokens: to train on.
         context: of the stage.
+        on_open: called when the model is open, before its kernels are selected.
 
     Raises:
         UserError: a setting does not fit the model.
@@ -169,6 +171,7 @@ def prepare(
         names = model_choices.adjustable_names(names, settings, start.model, tokens, fused_loss=job.fused_loss)
         subject = build.Subject(start.model, settings, tokens.vocab_size, tokens.context_length, names)
         subject = subject._replace(has_head=settings.fused_loss)  # found for this model
+        on_open()
         kernels = kernel_selection.select_kernels(job.kernels, subject, tokens.rows.head(settings.batch_size), ahead)
     return start, subject, kernels
 

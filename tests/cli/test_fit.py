@@ -79,7 +79,9 @@ def test_fit_says_what_a_training_will_take_before_its_model_exists(
     assert result.returncode == 0, result.stderr
     found = re.fullmatch(
         r"train: fits: ([\d.]+) MB in a pass of [\d,]+ tokens; limit [\d.]+ GB\n"
-        r"(\d+) steps: about ([\d,.]+) seconds to the end: ([\d.]+) to start and to compile, ([\d.]+) a step, "
+        r"(\d+) steps: about ([\d,.]+) seconds to the end: ([\d.]+) to start, [\d.]+ to open the model, as often for "
+        r"the written one, [\d.]+ to choose kernels and predict the memory, [\d.]+ more for the first step, "
+        r"([\d.]+) a step, "
         r"[\d.]+ each of \d validations, [\d.]+ to write\n",
         result.stdout,
     )
@@ -112,7 +114,7 @@ def test_fit_says_whether_a_training_fits_if_the_host_waits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def known(*_: Any, **__: Any) -> forecast.Forecast:
-        return forecast.Forecast(3.2e9, forecast.Seconds(1, 2, 3, 4, 5, 6), 1024, "", "Lower it.", 2.1e9)
+        return forecast.Forecast(3.2e9, forecast.Seconds(1, 2, 3, 4, 5, 6, 7, 8), 1024, "", "Lower it.", 2.1e9)
 
     (tmp_path / "artifacts").mkdir()
     for name in ("notes", "artifacts/pretokenize"):

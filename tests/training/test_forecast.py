@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlxflow.data.token_file import Rows
-from mlxflow.training import forecast, job
+from mlxflow.training import forecast, job, kernel_selection
 from mlxflow.training.forecast import Seconds, _at, _peak, num_validations
 from mlxflow.training.memory_forecast import MemoryForecast
 from mlxflow.training.settings import SettingNames, TrainingSettings
@@ -30,8 +30,10 @@ def test_the_weights_of_before_a_trial_are_no_part_of_the_peak_of_a_training() -
 
 
 def test_seconds_to_the_end_count_start_compilation_every_validation_and_what_is_written() -> None:
-    seconds = Seconds(start=3, first_step=2, step=0.5, steps=60, validation=4, validations=3, writing=7)
-    assert seconds.total == 3 + 2 + 30 + 12 + 7
+    seconds = Seconds(
+        start=3, opening=5, choosing=1, first_step=2, step=0.5, steps=60, validation=4, validations=3, writing=7
+    )
+    assert seconds.total == 3 + 2 * 5 + 1 + 2 + 30 + 12 + 7
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,8 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
         return MemoryForecast(traced, 32, of_validation)
 
     subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
-    monkeypatch.setattr(job, "prepare", lambda *_: (None, subject, None))
+    monkeypatch.setattr(job, "prepare", lambda *_, on_open: (on_open(), subject, None))
+    monkeypatch.setattr(kernel_selection, "select_kernels", lambda *_: None)
     monkeypatch.setattr(forecast, "forecast_memory", forecast_memory)
     monkeypatch.setattr(forecast, "try_step", try_step)
     monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
@@ -123,6 +126,36 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     seconds = expected.seconds
     assert seconds.step == pytest.approx(step)
     assert (seconds.steps, seconds.first_step) == (10, 2.0)
-    assert 100.0 <= seconds.start < 110.0
+    assert seconds.start == 100.0
+    assert 0 <= seconds.opening < 10 > seconds.choosing >= 0
     assert seconds.writing == 7.0
     assert (seconds.validation, seconds.validations) == (5.0, 5)  # steps 0, 4, 8 and 10, and the written model
+
+
+def test_what_a_trial_compiles_is_not_counted_for_the_training_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainingSettings(num_steps=10, batch_size=8, warmup_steps=0)
+    rows = Rows(np.zeros((16, 5), np.int32), np.full((16, 5), 3, np.uint8))
+    compiled, trials = [7], list[int]()
+
+    def try_step(_subject: Any, _kernels: Any, some: Rows, least_seconds: float = 0.0) -> StepTrial:
+        trials.append(some.num_rows)
+        compiled[0] += 3 if len(trials) == 1 and compiles else 0
+        return StepTrial(4 * some.num_rows, 100, 50, 3.0, 1.0, first_seconds={8: 60.0, 2: 2.0}[some.num_rows])
+
+    subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
+    monkeypatch.setattr(job, "prepare", lambda *_, on_open: (on_open(), subject, None))
+    monkeypatch.setattr(kernel_selection, "select_kernels", lambda *_: None)
+    monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(900, 32))
+    monkeypatch.setattr(forecast, "try_step", try_step)
+    monkeypatch.setattr(forecast, "_num_compiled", lambda: compiled[0])
+    monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
+    monkeypatch.setattr(forecast, "_writing_seconds", lambda *_: 7.0)
+    request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
+    context: Any = _Stand(memory_limit_bytes=1000)
+    tokens: Any = _Stand(rows=rows)
+    first = []
+    for compiles in (True, False):
+        trials.clear()
+        first.append(forecast.forecast(request, tokens, rows, context).seconds.first_step)
+        assert trials == ([8, 2] if compiles else [8])
+    assert first == [2.0, 60.0]
