@@ -14,7 +14,7 @@ import msgspec
 from mlxflow.benchmarking.generation_speed import GenerationSpeed, measure_generation
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.token_file import TokenFile
-from mlxflow.device.memory_errors import out_of_memory_bytes, settle
+from mlxflow.device.memory_errors import out_of_memory_bytes, settle, shortage
 from mlxflow.models import fp32_on_cpu, model_folder, trial_calls
 from mlxflow.ops import document_mask
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, PrefillFigures
@@ -123,7 +123,7 @@ class ComparedModels(NamedTuple):
         needed = out_of_memory_bytes(error)
         if needed is None:
             raise error
-        message = f"out of memory: {needed:,} more bytes needed, memory limit {self.memory_limit_bytes:,}"
+        message = shortage(needed, self.memory_limit_bytes)
         return ModelRow(model=reference, model_bytes=stored_bytes(self.weights[reference]), error=message)
 
     def _generation(self, budget: Budget) -> list[GenerationSpeed | RuntimeError]:

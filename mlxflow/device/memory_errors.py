@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import StageError
 
 _OUT_OF_MEMORY = re.compile(
@@ -54,6 +55,17 @@ def settle(*, drops: bool = False) -> None:
             raise
 
 
+def shortage(needed_bytes: int, limit_bytes: int) -> str:
+    """Return that the memory did not suffice, in words.
+
+    Args:
+        needed_bytes: of the allocation that failed; 0 if not known.
+        limit_bytes: the memory limit.
+    """
+    more = f"{show_bytes(needed_bytes)} more needed, " if needed_bytes else ""
+    return f"out of memory: {more}memory limit {show_bytes(limit_bytes)}"
+
+
 def describe(error: RuntimeError, subject: str) -> str | None:
     """Return the line about an error that ended a stage or a command; None if it is not about memory.
 
@@ -66,9 +78,8 @@ def describe(error: RuntimeError, subject: str) -> str | None:
         return None
     from mlxflow.device import memory_limit
 
-    more = f"{needed:,} more bytes needed, " if needed else ""
     return (
-        f"{subject}: out of memory: {more}memory limit {memory_limit.allowed_bytes():,}. "
+        f"{subject}: {shortage(needed, memory_limit.allowed_bytes())}. "
         "Close other programs, or use a smaller batch_size or model, and run it again."
     )
 

@@ -116,7 +116,8 @@ def verify_all(
 ) -> dict[str, VerificationResult]:
     """Return the result of each kernel, from the cache if possible; print why new ones are not used.
 
-    A failure of the verifier before it is ready for the kernels says nothing about them and is not cached.
+    A failure of the verifier before it is ready for the kernels says nothing about them and is not cached, and a kernel
+    for which the device had no memory left is verified again by the next run.
 
     Where two processes want the same kernels, one verifies and the other waits.
 
@@ -136,17 +137,18 @@ def verify_all(
         if missing:
             verification = _verify(missing, verifier, process, meanwhile)
             known |= verification.results
-            keep_results(place, known)
-            _say_refused({name: known[name].reason for name in missing if name in known and not known[name].passed})
+            keep_results(place, {name: result for name, result in known.items() if result.holds})
+            _say_refused({name: known[name] for name in missing if name in known and not known[name].passed})
             known |= _unverified([name for name in missing if name not in known], verification.failure)
     return {name: known[name] for name in names}
 
 
-def _say_refused(reasons: Mapping[str, str]) -> None:
+def _say_refused(refused: Mapping[str, VerificationResult]) -> None:
     """Print why kernels are refused, each reason once."""
-    for reason in dict.fromkeys(reasons.values()):
-        names = [name for name, why in reasons.items() if why == reason]
-        terminal.say(f"{_kernels(names)} not used on this device: {reason}")
+    for result in {result.reason: result for result in refused.values()}.values():
+        names = [name for name, one in refused.items() if one.reason == result.reason]
+        where = "on this device" if result.holds else "in this run, the next one verifies again"
+        terminal.say(f"{_kernels(names)} not used {where}: {result.reason}")
 
 
 def _unverified(names: Sequence[str], failure: str) -> dict[str, VerificationResult]:

@@ -25,7 +25,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlxflow.device import child_processes
+from mlxflow.device import child_processes, memory_errors
 from mlxflow.kernels import codegen, nvrtc, repeatability
 from mlxflow.kernels.verification_cases import Case, case_of
 from mlxflow.kernels.verification_inputs import Arrays
@@ -114,7 +114,9 @@ def _as_timed(case: Case) -> Callable[..., Arrays]:
 
 def _failure_result(failure: Exception) -> VerificationResult:
     """Return the result of a kernel that raised: a reason not to use it, and none to stop."""
-    return VerificationResult(False, f"it does not run: {reason_of(failure, 300) or type(failure).__name__}")
+    reason = f"it does not run: {reason_of(failure, 300) or type(failure).__name__}"
+    is_full = isinstance(failure, RuntimeError) and memory_errors.out_of_memory_bytes(failure) is not None
+    return VerificationResult(False, reason, holds=not is_full)  # other processes may hold the memory now
 
 
 def _error(case: Case) -> float:

@@ -30,6 +30,7 @@ class VerificationResult(NamedTuple):
         error: the largest deviation, relative to the largest value in its row; -1 where none was measured.
         seconds: of a call.
         mlx_seconds: of a call of MLX's implementation.
+        holds: whether it holds for later runs: not where the device had no memory left.
     """
 
     passed: bool
@@ -37,6 +38,7 @@ class VerificationResult(NamedTuple):
     error: float = -1.0
     seconds: float = 0.0
     mlx_seconds: float = 0.0
+    holds: bool = True
 
 
 class VerifierOutput(NamedTuple):

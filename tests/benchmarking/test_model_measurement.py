@@ -33,7 +33,7 @@ def test_a_model_that_does_not_fit_has_an_error_and_the_others_are_measured(
     assert dense.measured.perplexity is not None
     assert dense.measured.perplexity > 1
     assert dense.measured.decode_speed.low > 0
-    assert q4.error == "out of memory: 777,777 more bytes needed, memory limit 1"
+    assert q4.error == "out of memory: 777.8 kB more needed, memory limit 1 bytes"
 
 
 def test_a_model_whose_perplexity_is_not_a_number_has_an_error(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

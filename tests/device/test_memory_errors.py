@@ -51,6 +51,6 @@ def test_a_command_that_runs_out_of_memory_ends_with_one_line(
     monkeypatch.setattr(mx, "get_memory_limit", lambda: 4000)
     assert command.main(["doctor"]) == 1
     assert capsys.readouterr().err == (
-        "mlxflow: out of memory: 5,000 more bytes needed, memory limit 4,000. "
+        "mlxflow: out of memory: 5.0 kB more needed, memory limit 4.0 kB. "
         "Close other programs, or use a smaller batch_size or model, and run it again.\n"
     )

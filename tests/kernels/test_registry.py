@@ -268,6 +268,18 @@ def test_results_from_before_the_failure_of_a_verifier_are_cached(tmp_path: Path
     assert sorted(registry.known_results("here")) == ["a", "b"]
 
 
+def test_a_kernel_without_memory_to_verify_it_is_verified_again_by_the_next_run(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    refused = json.dumps({"name": "b", "passed": False, "reason": "out of memory", "holds": False})
+    body = f"print({refused!r} if NAME == 'b' else json.dumps({_RESULT!r}), flush=True)"
+    assert _outcomes("import json; " + body, "a", "b") == {"a": True, "b": False}
+    line = "GPU kernel b is not used in this run, the next one verifies again: out of memory"
+    assert capfd.readouterr().err.splitlines()[1:] == [line]
+    assert list(registry.known_results("here")) == ["a"]
+    assert _outcomes(_GOOD, "a", "b") == {"a": True, "b": True}
+
+
 def test_a_reason_shared_by_kernels_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
     body = _BEGIN + "NAME in 'ac' and sys.exit(1); " + _GOOD
     assert _outcomes(body, "a", "b", "c") == {"a": False, "b": True, "c": False}

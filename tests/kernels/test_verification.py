@@ -169,6 +169,13 @@ def test_a_kernel_that_does_not_compile_fails_with_the_compiler_message() -> Non
     assert compile_only(broken) == verify(broken)
 
 
+def test_a_lack_of_memory_says_nothing_about_a_kernel() -> None:
+    for said, holds in (("cudaMallocAsync(&data, size, stream) failed: out of memory", False), ("error: x", True)):
+        result = verify(_RIGHT._replace(kernel=_fails(said)))
+        assert not result.passed
+        assert result.holds == holds
+
+
 def test_a_stopped_verification_has_no_result_but_compiles_everything() -> None:
     called: list[str] = []
 
