@@ -137,7 +137,7 @@ def verify_all(
         if missing:
             verification = _verify(missing, verifier, process, meanwhile)
             known |= verification.results
-            keep_results(place, {name: result for name, result in known.items() if result.holds})
+            keep_results(place, known)
             _say_refused({name: known[name] for name in missing if name in known and not known[name].passed})
             known |= _unverified([name for name in missing if name not in known], verification.failure)
     return {name: known[name] for name in names}
@@ -192,6 +192,6 @@ def known_results(place: str) -> dict[str, VerificationResult]:
 
 
 def keep_results(place: str, results: Mapping[str, VerificationResult]) -> None:
-    """Cache the results for an environment beside those of other environments."""
-    entries = {name: result._asdict() for name, result in sorted(results.items())}
+    """Cache the results for an environment that hold for later runs, beside those of other environments."""
+    entries = {name: result._asdict() for name, result in sorted(results.items()) if result.holds}
     cache.write_table(cache_file(), cache.read_table(cache_file()) | {place: entries})

@@ -40,7 +40,7 @@ def test_a_report_has_the_device_its_kernels_and_the_check_of_attention(mac: Non
     assert report["system"] == "macOS 15.5"
     assert (report["device"], report["device_name"], report["gpu_cores"]) == ("gpu", "Apple M3 Pro", 18)
     assert report["kernels"]["adamw/float32/float32"] == {
-        "passed": True, "reason": "", "error": 1e-7, "seconds": 0.001, "mlx_seconds": 0.002
+        "passed": True, "reason": "", "error": 1e-7, "seconds": 0.001, "mlx_seconds": 0.002, "holds": True
     }  # fmt: skip
     assert report["kernels"]["embedding/float32"]["reason"] == "<path>:3: error: no type 'half'"
     assert report["attention_gradient_repeats"] == {
