@@ -111,13 +111,7 @@ def plans_within(
     Raises:
         WorkflowError: even the smallest candidates exceed the budget.
     """
-    cheapest = budget.cheapest_plan(
-        costs,
-        room.sizes,
-        budget_bytes=room.budget_bytes,
-        budget_setting=request.setting,
-        parameters=room.parameters,
-    )
+    cheapest = mixed_plan(room, costs, request)
     uniform = budget.uniform_plans(room.sizes, budget_bytes=room.budget_bytes)
     uniform.sort(key=lambda plan: sum(costs[path][setting] for path, setting in plan.items()))
     made = {MIXED: cheapest}
@@ -125,6 +119,17 @@ def plans_within(
         if plan != cheapest:
             made[_name_of(plan, room)] = plan
     return made
+
+
+def mixed_plan(room: BudgetRoom, costs: Costs, request: BudgetRequest) -> dict[str, Setting]:
+    """Return the plan of least cost; see `plans_within`."""
+    return budget.cheapest_plan(
+        costs,
+        room.sizes,
+        budget_bytes=room.budget_bytes,
+        budget_setting=request.setting,
+        parameters=room.parameters,
+    )
 
 
 def _name_of(plan: Mapping[str, Setting], room: BudgetRoom) -> str:

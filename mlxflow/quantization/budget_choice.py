@@ -20,16 +20,18 @@ from mlxflow.quantization import plan as plans
 from mlxflow.quantization.block_calls import blocks_answering
 from mlxflow.quantization.calibrated import scaled_model
 from mlxflow.quantization.codec import Packed, pack
+from mlxflow.quantization.cost_correction import Observation, corrected_costs
 from mlxflow.quantization.dense_model import DenseModel
 from mlxflow.quantization.done_work import TRIAL
 from mlxflow.quantization.grids import first_grid, pack_on
+from mlxflow.quantization.layer_inputs import with_codes
 from mlxflow.quantization.learning import LearnedLayers, calibration_rows, learn_layers
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.rounding_check import rounded_codes
-from mlxflow.quantization.sensitivity import Costs, measure_costs, projected_costs
+from mlxflow.quantization.sensitivity import Costs, error_slopes, measure_costs, projected_costs
 from mlxflow.quantization.settings import Setting
-from mlxflow.quantization.stored_codes import StoredCodes, emptied
+from mlxflow.quantization.stored_codes import CodesOnDisk, StoredCodes, emptied
 from mlxflow.quantization.stored_divergence import StoredDivergence
 from mlxflow.quantization.streamed_gradients import GradientRows, Objective
 from mlxflow.report.stage_reports.quantize import BudgetFigures, BudgetPlanFigures
@@ -37,11 +39,14 @@ from mlxflow.storage.host_arrays import numpy_of
 from mlxflow.storage.run_context import Context
 from mlxflow.training.objective import make_objective
 
-# Rows whose gradients estimate the costs of a learned method
-_SENSITIVITY_ROWS = 32
+#: Rows whose gradients estimate the costs of a learned method, and give the slopes at measured plans.
+SLOPE_ROWS = 32
 
 # Uniform plans that are measured beside the mixed one: of a method that learns, the best by its estimated cost
 _UNIFORM = {"rtn": 3, "qat": 3}
+
+#: The most plans of corrected costs, by method: one that learns before it trains would learn each of them.
+CORRECTIONS = {"rtn": 2, "qat": 2}
 
 # Bits from which DWQ does not train
 _DWQ_BITS = 8
@@ -64,12 +69,13 @@ class Allocation(NamedTuple):
 
 
 class _Tried(NamedTuple):
-    """A plan that was measured."""
+    """A plan that was measured, with the codes of all its layers."""
 
     name: str
     layers: dict[str, Setting]
     dense: DenseModel
     learned: LearnedLayers
+    stored: CodesOnDisk
     divergence: float
 
 
@@ -86,7 +92,8 @@ def allocate(
     The costs of each layer are those of codes that the method learns in a uniform plan of each candidate. The mixed
     plan of least cost and uniform plans within the budget are then learned and measured on training rows that the
     method has not seen, as far as there are any. Training ("qat") is not repeated for each of them: its plans are
-    measured on the grids that it begins with.
+    measured on the grids that it begins with. Of the methods in `CORRECTIONS`, further mixed plans follow, of costs
+    that are corrected by slopes at those measured.
 
     Args:
         request: the method.
@@ -100,23 +107,14 @@ def allocate(
         WorkflowError: the mode does not support a candidate, or even the smallest candidates exceed the budget.
     """
     room = bit_allocation.room_of(dense.model, plan, asked, rules=request.rules)
-    costs = _costs(request, dense, room.candidates, tokens, context)
-    plans_made = bit_allocation.plans_within(room, costs, asked, most_uniform=_UNIFORM.get(request.method, 1))
-    ids, marks = calibration_rows(request, tokens, context, skips=request.calibration_rows)
-    rows = Rows(numpy_of(ids), numpy_of(marks))
-    measured = StoredDivergence(dense.reopened, rows, context.unfinished / "measured")
-    tried: list[_Tried] = []
-    for name, layers in plans_made.items():
-        own = dense._replace(model=dense.reopened())
-        learned = learn_layers(request, own, layers, tokens, context, part=f"plan-{len(tried)}")
-        paths = list(learned.packed)
-        made = (emptied(learned.packed), _rounded_layers(request, dense.reopened(), layers, known=paths))
-        stored = measured.store(itertools.chain(*made))
-        with _reopening(request, own) as load:
-            divergence = measured.of(load, layers, stored)
-        codes = stored.unread()  # and not those that were evaluated
-        learned = learned._replace(packed={path: codes[path] for path in paths})
-        tried.append(_Tried(name, dict(layers), own, learned, divergence))
+    rows = _gradient_rows(request, dense, tokens, context)
+    costs = _costs(request, dense, room.candidates, tokens, context, rows)
+    trials = _Trials(request, dense, tokens, context)
+    uniform = _UNIFORM.get(request.method, 1)
+    for name, layers in bit_allocation.plans_within(room, costs, asked, most_uniform=uniform).items():
+        trials.measure(name, layers)
+    _correct(trials, room, costs, asked, _few(rows), most=CORRECTIONS.get(request.method, 0))
+    tried = trials.tried
     best = min(tried, key=lambda one: one.divergence)
     figures = BudgetFigures(
         measured_with="grids to begin with" if request.method == "qat" else request.method,
@@ -134,10 +132,69 @@ def allocate(
     return Allocation(best.layers, best.dense, None if request.method == "qat" else best.learned, figures)
 
 
+class _Trials:
+    """Plans that a method learns and that are measured, one after the other, in `tried`."""
+
+    def __init__(self, request: QuantizationRequest, dense: DenseModel, tokens: TokenFile, context: Context) -> None:
+        ids, marks = calibration_rows(request, tokens, context, skips=request.calibration_rows)
+        rows = Rows(numpy_of(ids), numpy_of(marks))
+        self._request, self._dense, self._tokens, self._context = request, dense, tokens, context
+        self._measured = StoredDivergence(dense.reopened, rows, context.unfinished / "measured")
+        self.tried: list[_Tried] = []
+
+    def measure(self, name: str, layers: Mapping[str, Setting]) -> None:
+        """Learn a plan and measure it."""
+        request, dense = self._request, self._dense
+        own = dense._replace(model=dense.reopened())
+        part = f"plan-{len(self.tried)}"
+        learned = learn_layers(request, own, layers, self._tokens, self._context, part=part)
+        paths = list(learned.packed)
+        made = (emptied(learned.packed), _rounded_layers(request, dense.reopened(), layers, known=paths))
+        stored = self._measured.store(itertools.chain(*made))
+        with _reopening(request, own) as load:
+            divergence = self._measured.of(load, layers, stored)
+        codes = stored.unread()  # and not those that were evaluated
+        learned = learned._replace(packed={path: codes[path] for path in paths})
+        self.tried.append(_Tried(name, dict(layers), own, learned, stored, divergence))
+
+    def observed(self, one: _Tried, paths: Sequence[str], rows: GradientRows) -> Observation:
+        """Return the slopes of some layers at a plan that was measured."""
+        dense = self._dense.reopened
+        load = loading_in_fp32_on_cpu(with_codes(dense, one.layers, one.stored.unread))
+        return Observation(one.layers, error_slopes(load, loading_in_fp32_on_cpu(dense), paths, rows))
+
+
+def _correct(
+    trials: _Trials,
+    room: bit_allocation.BudgetRoom,
+    costs: Costs,
+    asked: bit_allocation.BudgetRequest,
+    rows: GradientRows,
+    *,
+    most: int,
+) -> None:
+    """Measure further mixed plans: of costs that are corrected by slopes at plans that were measured.
+
+    The first slopes are those at the mixed plan and at the best uniform one. No plan is measured twice.
+    """
+    paths = [path for path, some in room.candidates.items() if len(some) > 1]
+    mixed, *uniform = trials.tried
+    seen = [mixed, *sorted(uniform, key=lambda one: one.divergence)[:1]]
+    observations: list[Observation] = []
+    for number in range(most):
+        observations += [trials.observed(one, paths, rows) for one in seen]
+        plan = bit_allocation.mixed_plan(room, corrected_costs(costs, observations), asked)
+        if any(plan == one.layers for one in trials.tried):
+            return
+        trials.measure(f"{bit_allocation.MIXED} {number + 2}", plan)
+        seen = trials.tried[-1:]
+
+
 def _described(figures: BudgetFigures, task: str) -> str:
     shown = ", ".join(f"{one.name} {one.bits_per_weight:.2f} bits {one.divergence:.4g}" for one in figures.plans)
     chosen = next(one for one in figures.plans if one.is_chosen)
-    verb = "is taken" if chosen.name == bit_allocation.MIXED else "is taken, since it diverges less than the mixed one"
+    is_mixed = chosen.name.startswith(bit_allocation.MIXED)
+    verb = "is taken" if is_mixed else "is taken, since it diverges less than the mixed one"
     return f"{task}: divergence of the plans in nats: {shown}; {chosen.name} {verb}"
 
 
@@ -172,22 +229,33 @@ def _costs(
     candidates: Mapping[str, Sequence[Setting]],
     tokens: TokenFile,
     context: Context,
+    rows: GradientRows,
 ) -> Costs:
     """Return the estimated divergence of each layer at each of its candidates, with the codes of the method."""
-    ids, marks = calibration_rows(request, tokens, context)
     merged: Costs = {path: dict.fromkeys(some, 0.0) for path, some in candidates.items()}
     candidates = {path: some for path, some in candidates.items() if len(some) > 1}
     load = loading_in_fp32_on_cpu(dense.reopened)
-    rows = GradientRows(ids, marks, _objective(load, tokens), context.unfinished / "gradients")
     if request.method == "rtn":
         dtypes = {layer.weight.dtype for path, layer in quantizable_layers(dense.model).items() if path in candidates}
         return merged | measure_costs(load, candidates, rows, dtype=dtypes.pop() if len(dtypes) == 1 else None)
-    few = rows._replace(tokens=ids[:_SENSITIVITY_ROWS], marks=marks[:_SENSITIVITY_ROWS])
     with StoredCodes.in_folder(context.unfinished / "codes") as stored:
-        for costs in _learned_costs(request, dense, candidates, tokens, context, few, stored):
+        for costs in _learned_costs(request, dense, candidates, tokens, context, _few(rows), stored):
             for path, options in costs.items():
                 merged[path] |= options
     return merged
+
+
+def _gradient_rows(
+    request: QuantizationRequest, dense: DenseModel, tokens: TokenFile, context: Context
+) -> GradientRows:
+    """Return the calibration rows, and the loss whose gradients estimate costs."""
+    ids, marks = calibration_rows(request, tokens, context)
+    objective = _objective(loading_in_fp32_on_cpu(dense.reopened), tokens)
+    return GradientRows(ids, marks, objective, context.unfinished / "gradients")
+
+
+def _few(rows: GradientRows) -> GradientRows:
+    return rows._replace(tokens=rows.tokens[:SLOPE_ROWS], marks=rows.marks[:SLOPE_ROWS])
 
 
 def _learned_costs(

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxflow.ops.row_slices import slices_of
 from mlxflow.quantization.codec import Packed, round_trip, unpack
@@ -21,6 +23,18 @@ _NUMBERS_AT_ONCE = 1 << 22
 _HELD_CODES = 5 << 29
 
 _Add = Callable[[Mapping[str, mx.array]], None]
+
+
+class Slope(NamedTuple):
+    """The derivative of a loss in a factor of a layer's rounding error, at the factor 1, in nats per token.
+
+    Attributes:
+        value: mean over the tokens of all rows.
+        error: its standard error over the rows; infinite for a single row.
+    """
+
+    value: float
+    error: float
 
 
 def measure_costs(
@@ -99,6 +113,54 @@ def projected_costs(
         codes.clear()
 
     return _by_token(costs, visit_gradients(load, list(candidates), rows, part=part))
+
+
+def error_slopes(
+    load: Callable[[], nn.Module],
+    dense: Callable[[], nn.Module],
+    paths: Sequence[str],
+    rows: GradientRows,
+) -> dict[str, Slope]:
+    """Return for each layer of a quantized model how the loss grows with the size of its rounding error.
+
+    Args:
+        load: returns the model with dequantized weights in eval mode, lazy and its own; memory holds one block.
+        dense: returns the dense model in the same way.
+        paths: of the layers.
+        rows: tokens and loss.
+    """
+    products: dict[str, list[float]] = {path: [] for path in paths}
+
+    @contextmanager
+    def part(weights: Mapping[str, mx.array]) -> Iterator[_Add]:
+        modules = dict(dense().named_modules())
+        exact = {path: modules[path].weight for path in weights}
+        modules.clear()
+
+        def add(gradients: Mapping[str, mx.array]) -> None:
+            for path, weight in weights.items():
+                products[path].append(_along_error(gradients[path], weight, exact[path]))
+
+        yield add
+        exact.clear()
+
+    count = max(visit_gradients(load, paths, rows, part=part), 1.0)
+    return {path: _slope(np.array(values), count) for path, values in products.items()}
+
+
+def _along_error(gradient: mx.array, weight: mx.array, exact: mx.array) -> float:
+    """Return the product of a gradient with the difference of two weights, some rows at a time."""
+    total = 0.0
+    for by, piece, other in zip(*map(_slices, (gradient, weight, exact)), strict=True):
+        total += float((by.astype(mx.float32) * (piece - other)).sum())
+    return total
+
+
+def _slope(products: np.ndarray, count: float) -> Slope:
+    """Return the slope from the products of all rows, and the number of tokens in these."""
+    number = len(products)
+    error = float(products.std(ddof=1)) * number**0.5 / count if number > 1 else np.inf
+    return Slope(float(products.sum()) / count, error)
 
 
 def _projected(weight: mx.array, codes: Packed, setting: Setting, gradient: mx.array) -> float:

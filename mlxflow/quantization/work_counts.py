@@ -5,6 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxflow.quantization.block_method import TOKENS_PER_STEP
+from mlxflow.quantization.budget_choice import CORRECTIONS, SLOPE_ROWS
 from mlxflow.quantization.done_work import DoneWork
 from mlxflow.quantization.host_pace import HostWork
 from mlxflow.quantization.model_shape import ModelShape
@@ -89,6 +90,8 @@ def work_of(
         )
         trials = max(0.0, pairs - done.trials)
         operations += trials * trial + pairs * shape.parameters * _ROUNDING + 6.0 * one_pass + (own + one_pass)
+        plans, slope_tokens = _corrections(request, tokens, row_tokens)
+        operations += plans * (one_pass + shape.parameters * _PACKING) + 12.0 * shape.parameters * slope_tokens
     held = max(
         _learning_bytes(request, shape, tokens, row_tokens),
         _measuring_bytes(shape, validation_rows * row_tokens),
@@ -190,7 +193,8 @@ def _logit_operations(
     if request.rotations:
         compared += (request.rotations + 1) * tokens
     if request.budget is not None:
-        compared, trained = compared + _PLANS * tokens, trained + tokens
+        plans, slope_tokens = _corrections(request, tokens, row_tokens)
+        compared, trained = compared + (_PLANS + plans) * tokens, trained + tokens + slope_tokens
     if request.method == "dwq":
         trained += 2 * tokens * (1 - done.learned)
     if request.method == "block" and request.scale_steps:
@@ -201,6 +205,12 @@ def _logit_operations(
         steps = settings.num_steps - done.training_steps
         trained += steps * settings.rows_per_step * row_tokens * (2 if request.training.distills else 1)
     return float(_COMPARING * compared + _TRAINING_LOSS * trained)
+
+
+def _corrections(request: QuantizationRequest, tokens: int, row_tokens: int) -> tuple[int, int]:
+    """Return the plans of corrected costs for a budget, and the tokens of all slopes: at two plans before the first."""
+    plans = CORRECTIONS.get(request.method, 0)
+    return plans, (plans + 1 if plans else 0) * min(tokens, SLOPE_ROWS * row_tokens)
 
 
 def _checked_rows(request: QuantizationRequest, validation_rows: int) -> int:
@@ -260,14 +270,15 @@ def _rotating_bytes(shape: ModelShape) -> float:
 def _cost_bytes(request: QuantizationRequest, shape: ModelShape, row_tokens: int) -> float:
     """Return about the bytes of the gradients for a budget's costs: of a block, or of the largest layer outside.
 
-    Rounding sums their squares in fp32; other methods take their products with the errors of codes.
+    Rounding sums their squares in fp32; other methods take their products with the errors of codes. Slopes at a
+    quantized model need the dense weights as well.
     """
     block, (_, largest) = shape.blocks / shape.num_blocks, _outside(shape)
     width, activations = _width_in_products(shape), _activation_bytes(shape, row_tokens, row_tokens)
     sums, codes = 4.0, 0.0
     if request.method != "rtn" and request.budget is not None:
         pairs = len(request.budget.candidate_bits) * len(request.budget.candidate_group_sizes)
-        sums, codes = 0.0, pairs * _CODES
+        sums, codes = width if CORRECTIONS.get(request.method) else 0.0, pairs * _CODES
     held = [one if one <= _MOST_CODES else _CODES * size for size in (block, largest) for one in (codes * size,)]
     return max((2 * width + sums) * block + activations + held[0], (3 * width + sums) * largest + held[1])
 

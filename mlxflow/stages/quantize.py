@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 15  # sums of the compensation of rounding errors are taken in another order
+VERSION = 16  # the costs for a budget are corrected at the plans that were measured
 
 LATER_KEYS = {"num_epochs": "auto"}
 

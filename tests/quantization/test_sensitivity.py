@@ -1,6 +1,8 @@
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import stdev
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,7 +10,7 @@ import pytest
 
 from mlxflow.quantization import sensitivity
 from mlxflow.quantization.codec import pack, round_trip
-from mlxflow.quantization.sensitivity import measure_costs, projected_costs
+from mlxflow.quantization.sensitivity import error_slopes, measure_costs, projected_costs
 from mlxflow.quantization.streamed_gradients import GradientRows
 from tests.quantization.test_budget import CANDIDATES, OBJECTIVE, _candidates, _llama, _rows
 
@@ -66,3 +68,20 @@ def test_fewer_bits_cost_more(tmp_path: Path) -> None:
         prices = [told[one] for one in CANDIDATES]
         assert prices == sorted(prices, reverse=True)
         assert prices[-1] >= 0
+
+
+def test_slopes_are_products_of_gradients_with_rounding_errors_at_the_quantized_model(tmp_path: Path) -> None:
+    dense, model = _llama(), _llama()
+    layers = dict(model.named_modules())
+    for path in _candidates(model):
+        layers[path].weight = round_trip(layers[path].weight, CANDIDATES[0])
+    rows = GradientRows(*_rows(), OBJECTIVE, tmp_path / "inputs")
+    found = error_slopes(_loading(model), _loading(dense), list(_candidates(model)), rows)
+    assert set(found) == set(_candidates(model))
+    for path, slope in found.items():
+        error = layers[path].weight - dict(dense.named_modules())[path].weight
+        products = [float((gradient * error).sum()) for gradient in _gradients(model, path)]
+        assert slope.value == pytest.approx(sum(products) / (4 * 8), rel=1e-3, abs=1e-6)
+        assert slope.error == pytest.approx(stdev(products) * 2 / (4 * 8), rel=1e-3)
+    one = GradientRows(*_rows(1), OBJECTIVE, tmp_path / "inputs")
+    assert error_slopes(_loading(model), _loading(dense), [PATH], one)[PATH].error == math.inf

@@ -3,6 +3,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlxflow.quantization import work_counts
 from mlxflow.quantization.bit_allocation import BudgetRequest
 from mlxflow.quantization.done_work import DoneWork
 from mlxflow.quantization.model_shape import ModelShape
@@ -82,6 +83,20 @@ def test_plans_of_a_budget_that_are_learned_are_not_counted() -> None:
     )
     assert none - all_four == pytest.approx(4 * (none - one))
     assert all_four > _work("gptq").operations  # gradients and the comparison of plans are still to be computed
+
+
+def test_plans_of_corrected_costs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+
+    def operations(corrections: int, rows: int, method: str = "rtn") -> float:
+        monkeypatch.setattr(work_counts, "CORRECTIONS", {"rtn": corrections} if corrections else {})
+        monkeypatch.setattr(work_counts, "SLOPE_ROWS", rows)
+        return _work(method, budget=budget).operations
+
+    few, many = (operations(2, rows) - operations(1, rows) for rows in (4, 8))
+    assert operations(1, 4) - operations(0, 4) - few > 0  # slopes at two plans are needed before the first
+    assert many - few == 12 * _shape().parameters * 4 * 32 + 5_000 * 60 * 4 * 32  # of 4 more rows at one more plan
+    assert operations(2, 8, "gptq") == operations(0, 8, "gptq")
 
 
 def test_work_on_the_cpu_is_counted_once_for_layers_that_share_their_inputs() -> None:

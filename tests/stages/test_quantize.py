@@ -729,6 +729,34 @@ def test_a_uniform_plan_is_taken_if_it_loses_less_than_the_mixed_one(
 
 
 @pytest.mark.matrix
+def test_costs_that_mislead_are_corrected_at_the_plans_that_were_measured(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mlxflow.quantization import budget_choice
+    from mlxflow.quantization.sensitivity import measure_costs
+
+    def misleading(model: Any, candidates: Any, *arguments: Any, **named: Any) -> Any:
+        costs = measure_costs(model, candidates, *arguments, **named)
+        own = {one: 0.01 * cost for one, cost in costs["model.embed_tokens"].items()}
+        return costs | {"model.embed_tokens": own}
+
+    monkeypatch.setattr("mlxflow.quantization.budget_choice.measure_costs", misleading)
+    table = {"target_bits_per_weight": 4.0, "calibration_rows": 16, "max_validation_rows": 32}
+    report = job.run(**table, candidate_group_sizes=[32, 64])
+    plans = {one["name"]: one for one in report["budget"]["plans"]}
+    (chosen,) = [name for name, one in plans.items() if one["is_chosen"]]
+    bits = {one["path"]: one["bits"] for one in report["layers"]}
+    assert chosen in {"mixed 2", "mixed 3"}
+    assert plans[chosen]["divergence"] < 0.8 * plans["mixed"]["divergence"]
+    assert all(one["bits_per_weight"] <= 4.0 for one in plans.values())
+    assert f"{chosen} is taken\n" in capfd.readouterr().err
+    monkeypatch.setattr(budget_choice, "CORRECTIONS", {})
+    first = job.run(**table, candidate_group_sizes=[32, 64])
+    assert {one["path"]: one["bits"] for one in first["layers"]}["model.embed_tokens"] < bits["model.embed_tokens"]
+    assert not {one["name"] for one in first["budget"]["plans"]} & {"mixed 2", "mixed 3"}
+
+
+@pytest.mark.matrix
 def test_a_rule_keeps_its_bits_and_its_group_size_under_a_budget(job: Job) -> None:
     layers = [{"match": "*embed_tokens", "bits": 8, "group_size": 32}, {"match": "*.down_proj", "group_size": 64}]
     report = job.run(target_bits_per_weight=5.5, calibration_rows=16, layers=layers, max_validation_rows=32)

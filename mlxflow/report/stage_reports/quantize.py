@@ -119,7 +119,7 @@ class BudgetPlanFigures(ReportTable, frozen=True, kw_only=True):
     """A plan within a budget.
 
     Attributes:
-        name: "mixed", or the setting that all layers share.
+        name: "mixed", "mixed 2" and further ones of corrected costs, or the setting that all layers share.
         bits_per_weight: stored bits of its layers by their parameters.
         divergence: of the quantized from the dense model in nats per token, on training rows.
         is_chosen: whether the model has it.
