@@ -58,9 +58,9 @@ def corrected_costs(costs: Costs, observations: Sequence[Observation]) -> Costs:
             effects.observe(path, observed.plan[path], factor, error)
     if not effects.are_observed:
         return costs
-    factor = effects.factors()
+    factor_of = effects.factors()
     return {
-        path: {setting: cost * factor(path, setting) for setting, cost in options.items()}
+        path: {setting: cost * factor_of(path, setting) for setting, cost in options.items()}
         for path, options in costs.items()
     }
 

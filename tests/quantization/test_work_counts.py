@@ -91,7 +91,7 @@ def test_plans_of_corrected_costs_are_counted(monkeypatch: pytest.MonkeyPatch) -
     def operations(corrections: int, rows: int, method: str = "rtn") -> float:
         monkeypatch.setattr(work_counts, "CORRECTIONS", {"rtn": corrections} if corrections else {})
         monkeypatch.setattr(work_counts, "SLOPE_ROWS", rows)
-        return _work(method, budget=budget).operations
+        return float(_work(method, budget=budget).operations)
 
     few, many = (operations(2, rows) - operations(1, rows) for rows in (4, 8))
     assert operations(1, 4) - operations(0, 4) - few > 0  # slopes at two plans are needed before the first
