@@ -1,8 +1,8 @@
 """Correct estimated costs of layers by slopes that were measured at quantized models.
 
 Costs are estimated from gradients at the dense model. A plan of few bits is far from it, where some kinds of layers
-cost more than estimated, and others less. At a plan the loss tells: along the rounding error of a layer its slope is
-about twice the cost of that layer, since costs grow with the square of the error. Slopes are noisy, and each plan shows
+cost more than estimated, and others less. The loss at a plan has a slope along the rounding error of each layer: about
+twice the cost of that layer, since costs grow with the square of the error. Slopes are noisy, and each plan shows
 one setting of a layer, so what they say is shared among layers of a kind, of a depth and with the same bits.
 """
 
@@ -46,7 +46,7 @@ def corrected_costs(costs: Costs, observations: Sequence[Observation]) -> Costs:
     The logarithm of a factor is a sum of effects: of all layers, of a kind of layers (the last part of their path), of
     a kind at some bits, of a kind in a third of the depth, of the layer, and of the layer at some bits. The effects are
     fitted by ridge regression, in which slopes with large errors count little. A factor is the mean of what is likely:
-    settings of which no slope is known cost more, so that plans stay near those that were measured.
+    settings without a known slope cost more, so that plans stay near those that were measured.
 
     Args:
         costs: estimated, of each layer at each candidate.
