@@ -109,7 +109,7 @@ def allocate(
     room = bit_allocation.room_of(dense.model, plan, asked, rules=request.rules)
     rows = _gradient_rows(request, dense, tokens, context)
     costs = _costs(request, dense, room.candidates, tokens, context, rows)
-    trials = _Trials(request, dense, tokens, context)
+    trials = _MeasuredPlans(request, dense, tokens, context)
     uniform = _UNIFORM.get(request.method, 1)
     for name, layers in bit_allocation.plans_within(room, costs, asked, most_uniform=uniform).items():
         trials.measure(name, layers)
@@ -132,7 +132,7 @@ def allocate(
     return Allocation(best.layers, best.dense, None if request.method == "qat" else best.learned, figures)
 
 
-class _Trials:
+class _MeasuredPlans:
     """Plans that a method learns and that are measured, one after the other, in `tried`."""
 
     def __init__(self, request: QuantizationRequest, dense: DenseModel, tokens: TokenFile, context: Context) -> None:
@@ -165,7 +165,7 @@ class _Trials:
 
 
 def _correct(
-    trials: _Trials,
+    trials: _MeasuredPlans,
     room: bit_allocation.BudgetRoom,
     costs: Costs,
     asked: bit_allocation.BudgetRequest,
