@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.models import adapter_files
-from mlxflow.ops import mlx_lm_import
+from mlxflow.ops import dora_order, mlx_lm_import
 from mlxflow.storage import tensor_writing
 from mlxflow.storage.toml_tables import toml_value
 from mlxflow.training.settings import AdapterShape
@@ -39,6 +39,7 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
     if left_out := _left_out(model, shape):
         terminal.say(f"{key}: DoRA has no form for experts, so none lie beside {', '.join(left_out)}")
     model.freeze()
+    dora_order.install()
     mx.random.seed(seed)
     try:
         add_layers(model, config["num_layers"], config["lora_parameters"], use_dora=shape.method == "dora")
@@ -112,6 +113,7 @@ def ensure_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: st
 def _train_only(model: nn.Module) -> None:
     """Freeze a model except for the adapters that it has."""
     model.freeze()
+    dora_order.install()
     for layer in adapter_files.layers_of(model).values():
         layer.unfreeze(keys=list(adapter_files.PARAMETERS), recurse=False)
 

@@ -281,6 +281,7 @@ CALLS: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
 
 #: What replaces an attribute for the whole process.
 PERMANENT = {
+    "mlxflow.ops.dora_order",
     "mlxflow.ops.gather_matmul",
     "mlxflow.ops.mlx_lm_import",
     "mlxflow.ops.quantized_matmul",

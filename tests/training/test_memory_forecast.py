@@ -113,6 +113,15 @@ def test_of_layers_recomputed_in_pairs_every_second_input_is_kept(monkeypatch: p
         assert expected.peak_bytes == pytest.approx(_measured(paired), rel=0.05), method
 
 
+def test_recomputed_layers_with_dora_do_not_keep_their_dense_weights() -> None:
+    least = [
+        forecast_memory(_subject("dora", bits=4, num_layers=count, checkpoint_every=1), NONE, _rows()).least_bytes
+        for count in (2, 6)
+    ]
+    dense_layer = 4 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 512 * 192)
+    assert least[1] - least[0] < 4 * dense_layer
+
+
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -126,6 +135,7 @@ def test_of_layers_recomputed_in_pairs_every_second_input_is_kept(monkeypatch: p
         ("lora", {"bits": 4, "precision": "bf16"}),
         ("dora", {}),
         ("dora", {"bits": 4}),
+        ("dora", {"bits": 4, "checkpoint_every": 1}),
     ],
     ids=lambda value: str(value),
 )
