@@ -42,8 +42,8 @@ from mlxflow.training.objective import make_objective
 #: Rows whose gradients estimate the costs of a learned method, and give the slopes at measured plans.
 SLOPE_ROWS = 32
 
-# Uniform plans that are measured beside the mixed one: of a method that learns, the best by its estimated cost
-_UNIFORM = {"rtn": 3, "qat": 3}
+#: Uniform plans that are measured beside the mixed one; of a method that learns one, the best by its estimated cost.
+UNIFORM = {"rtn": 3, "qat": 3}
 
 #: The most plans of corrected costs, by method: one that learns before it trains would learn each of them.
 CORRECTIONS = {"rtn": 2, "qat": 2}
@@ -110,7 +110,7 @@ def allocate(
     rows = _gradient_rows(request, dense, tokens, context)
     costs = _costs(request, dense, room.candidates, tokens, context, rows)
     trials = _MeasuredPlans(request, dense, tokens, context)
-    uniform = _UNIFORM.get(request.method, 1)
+    uniform = UNIFORM.get(request.method, 1)
     for name, layers in bit_allocation.plans_within(room, costs, asked, most_uniform=uniform).items():
         trials.measure(name, layers)
     _correct(trials, room, costs, asked, _few(rows), most=CORRECTIONS.get(request.method, 0))

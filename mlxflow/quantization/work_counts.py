@@ -5,7 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxflow.quantization.block_method import TOKENS_PER_STEP
-from mlxflow.quantization.budget_choice import CORRECTIONS, SLOPE_ROWS
+from mlxflow.quantization.budget_choice import CORRECTIONS, SLOPE_ROWS, UNIFORM
 from mlxflow.quantization.done_work import DoneWork
 from mlxflow.quantization.host_pace import HostWork
 from mlxflow.quantization.model_shape import ModelShape
@@ -22,9 +22,6 @@ _ROUNDING, _PACKING, _PACKING_SMALL_FLOATS_ON_CPU = 1500, 100, 8_000
 _COMPARING, _TRAINING_LOSS = 10_000, 5_000
 
 _NOTHING = DoneWork()
-
-# Plans that a budget compares on the calibration rows: a mixed one and uniform ones
-_PLANS = 3
 
 # Bytes of logits for six arrays of them when a quality loss is measured, by device; see `evaluation.slices`
 _LOGITS_BYTES = {"cpu": 128 << 20, "gpu": 512 << 20}
@@ -89,7 +86,8 @@ def work_of(
             request._replace(block_steps=0, scale_steps=0, training=None), shape, one_pass, tokens, row_tokens, num_rows
         )
         trials = max(0.0, pairs - done.trials)
-        operations += trials * trial + pairs * shape.parameters * _ROUNDING + 6.0 * one_pass + (own + one_pass)
+        operations += trials * trial + pairs * shape.parameters * _ROUNDING + 6.0 * one_pass
+        operations += own + _first_plans(request) * one_pass
         plans, slope_tokens = _corrections(request, tokens, row_tokens)
         operations += plans * (one_pass + shape.parameters * _PACKING) + 12.0 * shape.parameters * slope_tokens
     held = max(
@@ -194,7 +192,7 @@ def _logit_operations(
         compared += (request.rotations + 1) * tokens
     if request.budget is not None:
         plans, slope_tokens = _corrections(request, tokens, row_tokens)
-        compared, trained = compared + (_PLANS + plans) * tokens, trained + tokens + slope_tokens
+        compared, trained = compared + (_first_plans(request) + plans) * tokens, trained + tokens + slope_tokens
     if request.method == "dwq":
         trained += 2 * tokens * (1 - done.learned)
     if request.method == "block" and request.scale_steps:
@@ -205,6 +203,11 @@ def _logit_operations(
         steps = settings.num_steps - done.training_steps
         trained += steps * settings.rows_per_step * row_tokens * (2 if request.training.distills else 1)
     return float(_COMPARING * compared + _TRAINING_LOSS * trained)
+
+
+def _first_plans(request: QuantizationRequest) -> int:
+    """Return the plans that a budget measures before costs are corrected: a mixed one, and the most uniform ones."""
+    return 1 + UNIFORM.get(request.method, 1)
 
 
 def _corrections(request: QuantizationRequest, tokens: int, row_tokens: int) -> tuple[int, int]:

@@ -99,6 +99,17 @@ def test_plans_of_corrected_costs_are_counted(monkeypatch: pytest.MonkeyPatch) -
     assert operations(2, 8, "gptq") == operations(0, 8, "gptq")
 
 
+def test_each_plan_that_a_budget_measures_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = BudgetRequest(3.0, 0, (2, 4), (32, 64), setting="", key="")
+
+    def operations(uniform: int) -> float:
+        monkeypatch.setattr(work_counts, "UNIFORM", {"rtn": uniform})
+        return float(_work("rtn", budget=budget).operations)
+
+    per_token = 2 * _shape().parameters + 10_000 * 60
+    assert operations(3) - operations(2) == per_token * 16 * 32
+
+
 def test_work_on_the_cpu_is_counted_once_for_layers_that_share_their_inputs() -> None:
     shape = _shape()
     once, for_each = 64**3 * 3 + 128**3, 64**3 * 6 + 128**3  # attention, output, feed-forward: by inputs; by layers
