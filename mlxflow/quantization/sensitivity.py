@@ -145,7 +145,7 @@ def error_slopes(
         exact.clear()
 
     count = max(visit_gradients(load, paths, rows, part=part), 1.0)
-    return {path: _slope(np.array(values), count) for path, values in products.items()}
+    return {path: _slope(np.array([*values]), count) for path, values in products.items()}
 
 
 def _along_error(gradient: mx.array, weight: mx.array, exact: mx.array) -> float:

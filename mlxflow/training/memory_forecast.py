@@ -6,7 +6,7 @@ are followed in MLX's order (`graph_memory.py`).
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,7 +15,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.data.token_file import Rows
 from mlxflow.device import compute_device
-from mlxflow.kernels import codegen
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.ops.graph_trace import Traced, Value, trace
@@ -108,7 +107,7 @@ def forecast_memory(subject: build.Subject, kernels: ModelKernels, rows: Rows) -
     Raises:
         ValueError: the model uses an operation that cannot be traced.
     """
-    with _without_collections(), codegen.traceable():
+    with _without_collections(), _traceable(kernels):
         return _forecast(subject, kernels, rows)
 
 
@@ -127,6 +126,15 @@ def _forecast(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> Memo
     of_step = [graph_memory.peak_bytes(graphs, held, changed, lag=lag) for lag in lags]
     peak, waiting = (max(pair) for pair in zip(of_step, of_validation, strict=True))
     return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation[0], waiting)
+
+
+def _traceable(kernels: ModelKernels) -> AbstractContextManager[None]:
+    """Return a context in which the kernels in use can be traced; where there are none, no kernel is imported."""
+    if not kernels.selected:
+        return nullcontext()
+    from mlxflow.kernels import codegen
+
+    return codegen.traceable()
 
 
 @contextmanager

@@ -225,7 +225,7 @@ def test_kernels_are_traced_without_their_machine_code(monkeypatch: pytest.Monke
     usual_trace = memory_forecast._trace_pass
     monkeypatch.setattr(codegen, "traceable", traceable)
     monkeypatch.setattr(memory_forecast, "_trace_pass", passed)
-    forecast_memory(_subject("full"), NONE, _rows())
+    forecast_memory(_subject("full"), NONE._replace(selected=["one"]), _rows())
     assert traced == [True, False]
 
 

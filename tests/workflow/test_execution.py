@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import ArtifactError, CallError, StageError
 from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.stages import pretokenize
@@ -162,7 +163,7 @@ def test_an_error_of_memory_that_no_call_has_raised_yet_fails_the_stage(
     with pytest.raises(StageError) as caught:
         execute_stage(workflow, found)
     assert str(caught.value) == (
-        f"{task}: out of memory: memory limit {mx.get_memory_limit():,}. "
+        f"{task}: out of memory: memory limit {show_bytes(mx.get_memory_limit())}. "
         "Close other programs, or use a smaller batch_size or model, and run it again."
     )
     assert device.raised_by == ["synchronize"]
