@@ -24,6 +24,7 @@ from mlxflow.training.settings import AdapterShape, TrainingSettings
 from mlxflow.training.step import Step
 from mlxflow.training.trainer import Session
 from tests.small_models import llama
+from tests.training.step_peaks import peak_of_steps
 
 VOCAB, LENGTH, ROWS = 2048, 128, 4
 NONE = model_kernels.no_kernels()
@@ -55,25 +56,9 @@ def _rows() -> Rows:
 
 
 def _measured(subject: build.Subject, kernels: model_kernels.ModelKernels = NONE) -> int:
-    """Return the peak of steps that are sent to the device one after the other, as the trainer sends them.
-
-    The weights before them are not kept: `restored` would hold them beside those that are updated.
-    """
-    rows = _rows()
-    tokens, marks = mx.array(rows.tokens), mx.array(rows.marks)
-    with build.ready_step(subject, kernels) as step:
-        mx.eval(step.state)
-        with phase_peaks.followed() as peak:
-            for _ in range(3):
-                gradients = step.compute(tokens, marks)
-                mx.async_eval(gradients)
-                outcome = step.update(gradients)
-                del gradients
-                mx.async_eval(outcome, step.state)
-            mx.eval(step.state)
-            mx.synchronize()
+    peak = peak_of_steps(subject, kernels, _rows(), count=3)
     mx.clear_cache()
-    return peak.bytes
+    return peak
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

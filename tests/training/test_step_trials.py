@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from mlxflow.data.token_file import Rows
-from mlxflow.device import phase_peaks
 from mlxflow.kernels import model_kernels
 from mlxflow.training import build
 from mlxflow.training.memory_threshold import first_threshold
@@ -13,6 +12,7 @@ from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.step import Step
 from mlxflow.training.step_trials import part_of, try_step
 from tests.small_models import llama
+from tests.training.step_peaks import peak_of_steps
 
 LENGTH = 64
 
@@ -49,20 +49,9 @@ def test_the_peak_of_a_trial_is_that_of_steps_beside_the_weights_that_it_restore
     subject, rows = build.Subject(model, settings, 2048, LENGTH), _rows()
     trial = try_step(subject, model_kernels.no_kernels(), rows)
     assert trial is not None
-    batch = mx.array(rows.tokens), mx.array(rows.marks)
-    with build.ready_step(subject, model_kernels.no_kernels()) as step:
-        mx.eval(step.state)
-        with phase_peaks.followed() as peak:
-            for _ in range(4):
-                gradients = step.compute(*batch)
-                mx.async_eval(gradients)
-                outcome = step.update(gradients)
-                del gradients
-                mx.async_eval(outcome, step.state)
-            mx.eval(step.state)
-            mx.synchronize()
-    assert trial.peak_bytes - trial.replaced_bytes == pytest.approx(peak.bytes, rel=0.03)
-    assert trial.replaced_bytes > 0.035 * peak.bytes
+    peak = peak_of_steps(subject, model_kernels.no_kernels(), rows, count=4)
+    assert trial.peak_bytes - trial.replaced_bytes == pytest.approx(peak, rel=0.03)
+    assert trial.replaced_bytes > 0.035 * peak
 
 
 def test_a_longer_trial_takes_no_more_steps_than_the_training_has(monkeypatch: pytest.MonkeyPatch) -> None:
