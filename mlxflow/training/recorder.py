@@ -36,6 +36,7 @@ class Recorder:
         self.rank_waited_seconds: list[float] = []
         self.lines: list[str] = []
         self.begin = self._started = time.perf_counter()
+        self._is_paused = False
 
     def train(self, step: int, norm: float, rate: float) -> None:
         """Record an update and the mean loss since the last record.
@@ -91,7 +92,15 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time of a block from the training time."""
+        """Exclude the time of a block from the training time, which a checkpoint that is saved in it has until then."""
+        if self._is_paused:
+            yield
+            return
         begin = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - begin
+        self._state.seconds = begin - self.begin
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+            self.begin += time.perf_counter() - begin

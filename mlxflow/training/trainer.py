@@ -162,10 +162,11 @@ class Trainer:
         self._accumulator.begin(self._session.digests)
         if checkpoint is None:
             self._recorder.write(self._sizes.decisions[-1].record())
-        if self._validates and not self._recorder.has_validation(facts.step):  # or it was interrupted
-            self._validate()
-        self._avoid_too_many_rows()
         self._recorder.begin = time.perf_counter() - facts.seconds
+        if self._validates and not self._recorder.has_validation(facts.step):  # or it was interrupted
+            with self._recorder.paused():
+                self._validate()
+        self._avoid_too_many_rows()
         try:
             while facts.step < settings.num_steps and not facts.ended_early:
                 self._update()
