@@ -22,6 +22,10 @@ _GRACE_SECONDS = 30.0
 # How often a process that is being ended is polled while its output is read
 _POLL_SECONDS = 0.05
 
+# The longest wait of one system call. Python handles a signal that arrives just before the call only after it: Ctrl-C
+# sent as soon as a line was printed would have no effect until the next one.
+_WAIT_SECONDS = 0.5
+
 _running: set["subprocess.Popen[bytes]"] = set()
 
 
@@ -55,7 +59,7 @@ def run_process(command: Sequence[str], log: Path, handover: bytes = b"") -> int
             try:
                 _write(process, handover)
                 copied.copy()
-                return process.wait()
+                return _exit_code(process)
             except BaseException:
                 copied.is_final = True
                 _end(process, copied)
@@ -67,6 +71,13 @@ def run_process(command: Sequence[str], log: Path, handover: bytes = b"") -> int
         for descriptor in (output, child_output):
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+def _exit_code(process: "subprocess.Popen[bytes]") -> int:
+    """Wait for the end of a process; see `_WAIT_SECONDS`."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(_WAIT_SECONDS)
 
 
 def _write(process: "subprocess.Popen[bytes]", data: bytes) -> None:
@@ -151,9 +162,8 @@ class _Output:
         """Copy the output until it ends, or for some seconds."""
         deadline = time.monotonic() + seconds if seconds is not None else math.inf
         while not self.has_ended and (left := deadline - time.monotonic()) > 0:
-            if not select.select([self._source], [], [], None if left == math.inf else left)[0]:
-                return
-            self._copy_piece()
+            if select.select([self._source], [], [], min(left, _WAIT_SECONDS))[0]:
+                self._copy_piece()
 
     def _copy_piece(self) -> None:
         try:

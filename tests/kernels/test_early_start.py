@@ -145,7 +145,7 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
         f"with registry.begin(command={command!r}) as ahead:\n    print(ahead.process._process.pid, flush=True)\n"
         f"    if {is_told}:\n        ahead.process.send(['a'])\n"
         "        print(ahead.process._lines.get() + ahead.process._lines.get(), end='', flush=True)\n"
-        "    threading.Event().wait()"
+        "    while not threading.Event().wait(0.1):\n        pass"  # a wait without end misses a signal just before it
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

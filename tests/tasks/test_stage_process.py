@@ -1,14 +1,19 @@
 """A stage's process is ended while its output is read: a process that goes on writing would not end otherwise."""
 
+import ctypes
+import operator
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +27,8 @@ def end(number, frame):
     sys.exit(3)
 signal.signal(signal.SIGTERM, end)
 print("ready", flush=True)
-time.sleep(600)
+while True:
+    time.sleep(0.1)  # one long sleep would miss a signal that arrives just before it
 """
 
 #: Runs a child as doit does, with a grace period so long that a test which needs it fails by its time limit.
@@ -58,6 +64,7 @@ def test_ctrl_c_ends_a_process_that_still_writes_and_keeps_its_last_output(tmp_p
         assert process.wait(60) == -signal.SIGINT  # Python's own end by an unhandled KeyboardInterrupt
     finally:
         process.kill()
+        process.wait()
         reader.join()
         os.close(ours)
     log = (tmp_path / "log").read_bytes().replace(b"\r", b"")
@@ -65,6 +72,25 @@ def test_ctrl_c_ends_a_process_that_still_writes_and_keeps_its_last_output(tmp_p
     assert log.endswith(b"xlast\n")
     assert len(log) > 200_000
     assert b"xlast" in output
+
+
+def test_ctrl_c_that_arrives_just_before_the_wait_for_output_ends_a_silent_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python handles such a signal only after the wait; `map` calls both functions without handling it between."""
+    wait = select.select
+
+    def interrupt_and_wait(*arguments: Any) -> object:
+        monkeypatch.setattr(select, "select", wait)
+        calls: list[Any] = [ctypes.pythonapi.PyErr_SetInterrupt, partial(wait, *arguments)]
+        return list(map(operator.call, calls))[1]
+
+    monkeypatch.setattr(select, "select", interrupt_and_wait)
+    silent = "import time; time.sleep(60); open('ended', 'w')"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stage_process.run_process([sys.executable, "-c", silent], Path("log"))
+    assert not Path("ended").exists()
 
 
 def test_a_process_that_ignores_sigterm_and_never_stops_writing_is_killed(
