@@ -13,6 +13,7 @@
 | cpu | SmolLM2-135M-Instruct in 4 bits, LoRA, 2 x 64 tokens a step; ours in fp32 |
 | 1gb | four layers of the 8b model, 1 GB: what a folder takes to be opened, and the seconds to the first step |
 | 8b | random weights of 4 bits in the shape of Llama 3 8B, LoRA of rank 8 on every linear layer, 4 x 2,048 tokens |
+| cpu-padded, 8b-padded | the same as cpu and 8b with rows that end early: 31 tokens of 256, 512 of 2,048 |
 | 8b-8k, 8b-32k | the same with one row of 8,192 or 32,768 tokens |
 | 8b-dora | the same as 8b with DoRA |
 | 1b-full | a dense model of 1.2 billion parameters, all trained, 4 x 2,048 tokens |
@@ -92,12 +93,12 @@ def _forecast(names: Sequence[str]) -> None:
 
 def _folder_name(job: str) -> str:
     """Return the folder of a job's model; jobs of one model share it, their texts are written anew."""
-    return "8b" if job.startswith("8b") else job
+    return job.split("-")[0]
 
 
 def _usual(job: str) -> list[str]:
     """Return the rows that a job runs by default: those without a limit, and PyTorch's where it has a GPU."""
-    return [name for name in ROWS if "limit" not in name and not (name.startswith("PyTorch") and job == "cpu")]
+    return [name for name in ROWS if "limit" not in name and not (name.startswith("PyTorch") and job.startswith("cpu"))]
 
 
 def _main() -> None:

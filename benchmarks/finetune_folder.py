@@ -29,6 +29,7 @@ class Job(NamedTuple):
         warm: steps that are not timed.
         learning_rate: constant.
         precision: of our rows, as `[train]` has it; mlx-lm computes in the folder's bf16.
+        text_length: tokens of a row that are text, before padding; 0 for all.
     """
 
     shape: dict[str, Any]
@@ -40,11 +41,17 @@ class Job(NamedTuple):
     warm: int = 2
     learning_rate: float = 1e-5
     precision: Literal["fp32", "bf16", "bf16-pure"] = "bf16"
+    text_length: int = 0
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row without padding."""
+        return self.text_length or self.length
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
-        return self.batch * self.length
+        """Tokens a step, without padding."""
+        return self.batch * self.width
 
 
 _LARGE = TINY_LLAMA if _IS_TINY else LLAMA_8B
@@ -60,6 +67,8 @@ JOBS = {
     "1gb": Job(_LARGE | {"num_hidden_layers": 2 if _IS_TINY else 4}, 1, 8 if _IS_TINY else 64, steps=1, warm=0),
     "1b-full": Job(_DENSE, 4, _LENGTH, bits=0, method="full", precision="bf16-pure"),
     "cpu": Job({}, 2, 8 if _IS_TINY else 64, steps=2, warm=1, precision="fp32"),
+    "cpu-padded": Job({}, 2, 96 if _IS_TINY else 256, steps=2, warm=1, precision="fp32", text_length=31),
+    "8b-padded": Job(_LARGE, 4, _LENGTH, text_length=_LENGTH // 4),
 }
 
 
@@ -85,11 +94,18 @@ def make(name: str, folder: Path) -> None:
 
 
 def token_rows(job: Job, folder: Path) -> Any:
-    """Return the rows of every step, (B, L + 1): random words and the end of a text."""
+    """Return the rows of every step without padding, (B, width + 1): random words and the end of a text."""
     vocab_size = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
-    rows = np.random.default_rng(0).integers(2, vocab_size, size=(job.batch, job.length + 1))
+    rows = np.random.default_rng(0).integers(2, vocab_size, size=(job.batch, job.width + 1))
     rows[:, -1] = 1
     return rows.astype(np.int32)
+
+
+def padded_rows(job: Job, folder: Path) -> Any:
+    """Return tokens and marks of `token_rows` as the token file has them, (B, L + 1)."""
+    rows = token_rows(job, folder)
+    room = ((0, 0), (0, job.length + 1 - rows.shape[1]))
+    return np.pad(rows, room), np.pad(np.full(rows.shape, 3, np.uint8), room)
 
 
 def _text(row: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from benchmarks.finetune_folder import Job, token_rows
+from benchmarks.finetune_folder import Job, padded_rows, token_rows
 from benchmarks.training_peers import TrainerReports
 
 _RANK, _SCALE = 8, 20.0
@@ -80,8 +80,7 @@ def ours(row: str, job: Job, folder: Path, *, checkpointing: str | int = "none",
     ahead = model_kernels.begin_verification() if device == "gpu" else None
     begin = time.perf_counter()
     subject, figures = _opened(job, folder, checkpointing)
-    tokens = token_rows(job, folder)
-    rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
+    rows = Rows(*padded_rows(job, folder))
     scratch = Path(tempfile.mkdtemp())
     request = kernel_selection.KernelRequest("auto", device, scratch / "kernels.json")
     opened = time.perf_counter()

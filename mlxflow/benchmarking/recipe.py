@@ -18,7 +18,7 @@ class Recipe(NamedTuple):
         replaces_operations: some of MLX's operations are replaced, see `ops.overrides`.
         joins_updates: the optimizer updates all matrices as one array; else each by itself.
         is_packed: rows of the token file; else each piece of a document is a padded row of its own.
-        is_trimmed: padded rows are cut to the longest of their batch; else all have the same length.
+        is_trimmed: rows are cut to the longest of their forward pass; else padding is computed, too.
         prefetches: threads prepare batches ahead; else each is prepared when it is needed.
     """
 
@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
             replaces_operations=True,
             joins_updates=True,
             is_packed=is_packed,
-            is_trimmed=False,
+            is_trimmed=True,
             prefetches=True,
         )
 
@@ -75,7 +75,6 @@ class Recipe(NamedTuple):
             replaces_operations=False,
             joins_updates=False,
             is_packed=False,
-            is_trimmed=True,
             prefetches=False,
         )
 
@@ -93,6 +92,8 @@ class Recipe(NamedTuple):
             yield self._replace(name="without joined updates", joins_updates=False)
         if self.is_packed:
             yield self._replace(name="without packing", is_packed=False)
+        else:
+            yield self._replace(name="without trimming", is_trimmed=False)
         yield self._replace(name="without prefetch", prefetches=False)
         if settings.precision != "fp32":
             yield self._replace(name=f"without {settings.precision}", settings=settings.replace(precision="fp32"))

@@ -21,8 +21,8 @@ from mlxflow.training.batch_size import split
 from mlxflow.training.objective import Objective
 from mlxflow.training.step import accumulate
 
-# Takes tokens and marks, updates the model, returns the mean loss; nothing is evaluated
-_Advance = Callable[[mx.array, mx.array], mx.array]
+# Takes a batch, updates the model, returns the mean loss; nothing is evaluated
+_Advance = Callable[[DeviceBatch], mx.array]
 
 # Takes the sum of the losses, the number of tokens and the sum of the gradients; returns the mean loss
 _PlainUpdate = Callable[[mx.array, mx.array, Any], mx.array]
@@ -80,7 +80,7 @@ class Runner:
 
     def _send(self) -> mx.array:
         batch = self._next()
-        loss = self._advance(batch.tokens, batch.marks)
+        loss = self._advance(batch)
         if self._runs_ahead:
             mx.async_eval(loss, self._state)
         return loss
@@ -97,7 +97,7 @@ class Runner:
         begin = time.perf_counter()
         batch = self._next()
         loaded = time.perf_counter()
-        loss = self._advance(batch.tokens, batch.marks)
+        loss = self._advance(batch)
         built = time.perf_counter()
         mx.eval(loss, self._state)
         computed = time.perf_counter()
@@ -130,7 +130,8 @@ class Runner:
 @contextmanager
 def _loading(rows: Rows, recipe: Recipe, seed: int) -> Iterator[Iterator[DeviceBatch]]:
     if not recipe.prefetches:
-        yield InlineLoader(rows, batch_size=recipe.rows_per_step, seed=seed, trims=recipe.is_trimmed)
+        trims = recipe.is_trimmed and not recipe.is_compiled  # MLX compiles a step for each width
+        yield InlineLoader(rows, batch_size=recipe.rows_per_step, seed=seed, trims=trims)
         return
     with build.make_loader(rows, recipe.settings, num_rows=recipe.rows_per_step, seed=seed) as loader:
         yield loader
@@ -159,10 +160,11 @@ def _advance(
 ) -> tuple[_Advance, list[Any]]:
     """Return a step of a recipe, and the state that it changes."""
     model, batch_size = subject.model, recipe.batch_size
+    width = None if recipe.is_trimmed else subject.context_length
     if recipe.joins_updates and recipe.is_compiled:
         step = build.make_step(subject, objective, kernels, replaces_operations=recipe.replaces_operations)
         return (
-            lambda tokens, marks: step.update(accumulate(step, tokens, marks, batch_size=batch_size)).loss,
+            lambda batch: step.update(accumulate(step, batch, batch_size=batch_size, width=width)).loss,
             step.state,
         )
     update: _PlainUpdate
@@ -175,15 +177,15 @@ def _advance(
         update, updated = _plain_update(model, optimizer, subject.settings.max_grad_norm), optimizer.state
     state = [model.state, updated, mx.random.state]
     overrides = build.overrides_of(subject.settings, kernels)._replace(is_enabled=recipe.replaces_operations)
-    advance = _plain_step(model, objective, update, overrides, batch_size=batch_size)
+    advance: Callable[..., mx.array] = _plain_step(model, objective, update, overrides, batch_size=batch_size)
     if recipe.is_compiled:
-        advance = cast("_Advance", mx.compile(advance, inputs=state, outputs=state))
-    return advance, state
+        advance = cast("Callable[..., mx.array]", mx.compile(advance, inputs=state, outputs=state))
+    return lambda batch: advance(*batch.part(0, len(batch.tokens), width=width)), state
 
 
 def _plain_step(
     model: nn.Module, objective: Objective, update: _PlainUpdate, overrides: OperationOverrides, *, batch_size: int
-) -> _Advance:
+) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a step without the compiled pieces of `training.step`; gradients of several passes are summed in fp32."""
 
     def loss(weights: Any, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:

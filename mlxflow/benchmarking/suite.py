@@ -19,6 +19,7 @@ from mlxflow.benchmarking.step_runner import Parts, Runner
 from mlxflow.benchmarking.throughput import FEWEST_ROUNDS
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.benchmarking.unpacked_rows import apart, holds_several
+from mlxflow.data.row_widths import mean_width
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.messages import terminal
 from mlxflow.models import model_folder, quantized_layers
@@ -210,8 +211,8 @@ class Suite:
             num_layers=len(model.layers),
             context_length=self.tokens.context_length,
         )
-        slots = own[0].samples_per_second * self.tokens.context_length  # padding is computed, too
-        return slots * per_token
+        positions = mean_width(self.tokens.rows.marks, own_size)
+        return own[0].samples_per_second * positions * per_token
 
 
 def sizes_with_rows(

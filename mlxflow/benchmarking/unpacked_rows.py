@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import mlx.core as mx
 import numpy as np
 
 from mlxflow.data.loader import DeviceBatch, Order
@@ -59,7 +58,7 @@ class InlineLoader(Iterator[DeviceBatch]):
         rows: the rows to take batches from.
         batch_size: rows in a batch, B.
         seed: of the order.
-        trims: cut each batch to its longest row.
+        trims: cut each batch to its longest row, whatever its width.
     """
 
     def __init__(self, rows: Rows, *, batch_size: int, seed: int, trims: bool) -> None:
@@ -75,4 +74,4 @@ class InlineLoader(Iterator[DeviceBatch]):
         self._cursor += self._batch_size
         if self._trims:
             batch = trimmed(batch)
-        return DeviceBatch(mx.array(batch.tokens), mx.array(batch.marks), batch.targets)
+        return DeviceBatch.of(batch)

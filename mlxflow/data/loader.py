@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import mlx.core as mx
 import numpy as np
 
+from mlxflow.data.row_widths import width_of
 from mlxflow.data.shuffle import Permutation
 from mlxflow.data.token_file import Batch, Rows
 
@@ -30,17 +31,37 @@ class DeviceBatch(NamedTuple):
         tokens: (B, L + 1) ids.
         marks: (B, L + 1); see `Batch`.
         targets: tokens that the model learns to predict.
-        extras: further arrays of the rows, (B, ...) each, that the loss takes.
+        lengths: (B,) of each row the positions up to its last target; see `Batch`.
+        extras: further arrays of the rows, (B, L, ...) each, that the loss takes.
     """
 
     tokens: mx.array
     marks: mx.array
     targets: int
+    lengths: "NDArray[np.int64]"
     extras: tuple[mx.array, ...] = ()
 
-    def part(self, begin: int, end: int) -> tuple[mx.array, ...]:
-        """Return tokens, marks and further arrays of some rows: what a step computes with."""
-        return tuple(one[begin:end] for one in (self.tokens, self.marks, *self.extras))
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        """Return a batch in main memory as one on the device."""
+        extras = tuple(map(mx.array, batch.extras))
+        return cls(mx.array(batch.tokens), mx.array(batch.marks), batch.targets, batch.lengths, extras)
+
+    def width(self, begin: int, end: int) -> int:
+        """Return the positions of some rows that a forward pass computes; see `row_widths`."""
+        return width_of(self.lengths[begin:end], self.tokens.shape[1] - 1)
+
+    def part(self, begin: int, end: int, *, width: int | None = None) -> tuple[mx.array, ...]:
+        """Return tokens, marks and further arrays of some rows: what a step computes with.
+
+        Args:
+            begin: the first row.
+            end: one past the last.
+            width: positions; None for those of `width`.
+        """
+        width = self.width(begin, end) if width is None else width
+        arrays = [one[begin:end, : width + 1] for one in (self.tokens, self.marks)]
+        return (*arrays, *(one[begin:end, :width] for one in self.extras))
 
 
 class Order:
@@ -156,13 +177,13 @@ class Loader(Iterator[DeviceBatch]):
         Raises:
             OSError: a worker could not read the rows.
         """
-        batch = self._next or self._upload(self._take())
+        batch = self._next or DeviceBatch.of(self._take())
         self._next = None
         self.cursor += self._batch_size
         with self._state:
             is_ready = self._taken in self._ready
         if is_ready:
-            self._next = self._upload(self._take())
+            self._next = DeviceBatch.of(self._take())
         return batch
 
     def _take(self) -> Batch:
@@ -178,11 +199,6 @@ class Loader(Iterator[DeviceBatch]):
         if isinstance(batch, Exception):
             raise batch
         return batch
-
-    @staticmethod
-    def _upload(batch: Batch) -> DeviceBatch:
-        extras = tuple(map(mx.array, batch.extras))
-        return DeviceBatch(mx.array(batch.tokens), mx.array(batch.marks), batch.targets, extras)
 
     def _work(self) -> None:
         while True:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
+from mlxflow.data.row_widths import lengths_of
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, SourceError
 from mlxflow.storage import tensor_reading
@@ -20,7 +21,7 @@ class Batch(NamedTuple):
         tokens: (B, L + 1) ids.
         marks: (B, L + 1) for each token 2 * (number of its piece in the row, from 1) + (1 if it is trained on); 0 for
             unused positions. The tokens of a piece belong to one document.
-        extras: further arrays of the rows, (B, ...) each, that the loss takes.
+        extras: further arrays of the rows, (B, L, ...) each, that the loss takes.
     """
 
     tokens: "NDArray[Any]"
@@ -31,6 +32,11 @@ class Batch(NamedTuple):
     def targets(self) -> int:
         """Number of tokens that are trained on."""
         return int(np.count_nonzero(self.marks[:, 1:] & 1))
+
+    @property
+    def lengths(self) -> "NDArray[np.int64]":
+        """(B,) of each row the positions that are needed; see `row_widths.lengths_of`."""
+        return lengths_of(self.marks)
 
 
 class Rows(NamedTuple):

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlxflow.data.row_widths import lengths_of, width_of
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.slices import rows_at_once
 
@@ -31,7 +32,7 @@ class EvaluationRows(NamedTuple):
     """Rows of one forward pass.
 
     Attributes:
-        tokens: (B, L) ids.
+        tokens: (B, L) ids; L is less than the context length where no row has a later target.
         pieces: (B, L) document marks; None if documents are not kept apart.
         chosen: (N,) the positions with a target, of B * L; None for all of them.
         targets: (N,) the next ids at these positions.
@@ -51,7 +52,7 @@ def parts(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[E
         at_once: rows in a batch, B.
         masks_documents: no token attends to another document in its row.
     """
-    for tokens, marks, pieces in _batches(rows, at_once=at_once, masks_documents=masks_documents):
+    for tokens, marks, pieces in _batches(rows, at_once=at_once, masks_documents=masks_documents, cuts=True):
         chosen = np.flatnonzero(marks[:, 1:] & 1)
         if not len(chosen):
             continue
@@ -71,17 +72,27 @@ def all_positions(rows: TokenRows, *, at_once: int, masks_documents: bool) -> It
         at_once: rows in a batch, B.
         masks_documents: no token attends to another document in its row.
     """
-    for tokens, _, pieces in _batches(rows, at_once=at_once, masks_documents=masks_documents):
+    for tokens, _, pieces in _batches(rows, at_once=at_once, masks_documents=masks_documents, cuts=False):
         ids = mx.array(tokens.astype(np.int32))
         yield EvaluationRows(ids[:, :-1], pieces, None, ids[:, 1:].reshape(-1))
 
 
 def _batches(
-    rows: TokenRows, *, at_once: int, masks_documents: bool
+    rows: TokenRows, *, at_once: int, masks_documents: bool, cuts: bool
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any], mx.array | None]]:
-    """Yield tokens and marks of consecutive rows, (B, L + 1) each, and the document marks, (B, L), if they count."""
+    """Yield tokens and marks of consecutive rows, (B, L + 1) each, and the document marks, (B, L), if they count.
+
+    Args:
+        rows: tokens and marks.
+        at_once: rows in a batch, B.
+        masks_documents: no token attends to another document in its row.
+        cuts: leave out the positions after the last target of the batch; see `row_widths`.
+    """
     for begin in range(0, rows.num_rows, at_once):
         tokens, marks = (np.asarray(one) for one in rows.batch(begin, begin + at_once))
+        if cuts:
+            width = width_of(lengths_of(marks), marks.shape[1] - 1)
+            tokens, marks = tokens[:, : width + 1], marks[:, : width + 1]
         yield tokens, marks, mx.array(marks[:, :-1]) if masks_documents else None
 
 

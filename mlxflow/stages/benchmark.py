@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         DeviceFacts,
     )
 
-VERSION = 7  # 16-bit models are computed in fp32 on a CPU
+VERSION = 8  # the workflow's steps leave out the padding after the longest row
 
 #: The artifact depends on the machine; on another one it is stale.
 DEVICE_BOUND = True

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlxflow.training.settings import SettingNames
     from mlxflow.training.table_job import TableJob
 
-VERSION = 12  # a model written in 16 bits is measured in fp32 on a CPU
+VERSION = 13  # forward passes and validations leave out the padding after the longest row
 
 #: Keys that do not affect the artifact.
 EXECUTION_ONLY_KEYS = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")

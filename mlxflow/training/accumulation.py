@@ -70,7 +70,8 @@ class Accumulator:
         self._parts = parts
         self._stop = stop
         self._batch: DeviceBatch | None = None
-        self._shapes: set[tuple[str, int]] = set()
+        self._width: int | None = None
+        self._shapes: set[tuple[str, int, int]] = set()
 
     def begin(self, digests: Mapping[str, str]) -> None:
         """Begin the training; a single process compares nothing."""
@@ -81,13 +82,18 @@ class Accumulator:
     def finish(self) -> None:
         """End the training."""
 
-    def take_batch(self) -> bool:
-        """Take the rows of the next update; return whether a shape of its forward passes is new."""
+    def take_batch(self, *, is_whole: bool = False) -> bool:
+        """Take the rows of the next update; return whether a shape of its forward passes is new.
+
+        Args:
+            is_whole: compute the padding, too, so that the peak is that of the longest rows.
+        """
         rows = self._parts.sizes.rows_per_update
-        self._batch = self._parts.batches.take(rows)
-        sizes = {end - begin for begin, end in split(rows, self._parts.sizes.size)}
+        batch = self._batch = self._parts.batches.take(rows)
+        self._width = batch.tokens.shape[1] - 1 if is_whole else None
         kind = "compute" if self._is_one_pass(rows) else "add"
-        new = {(kind, size) for size in sizes} - self._shapes
+        spans = split(rows, self._parts.sizes.size)
+        new = {(kind, end - begin, self._width or batch.width(begin, end)) for begin, end in spans} - self._shapes
         self._shapes |= new
         return bool(new)
 
@@ -120,14 +126,14 @@ class Accumulator:
     def _pass_over(self, batch: DeviceBatch, *, waits: bool) -> Gradients:
         rows, parts = len(batch.tokens), self._parts
         if self._is_one_pass(rows):
-            gradients = parts.step.compute(*batch.part(0, rows))
+            gradients = parts.step.compute(*batch.part(0, rows, width=self._width))
             send(gradients, parts.state, waits=waits)
             return gradients
         so_far = self.partial
         for begin, end in split(rows, parts.sizes.size):
             if end <= parts.state.rows_done:
                 continue
-            so_far = parts.step.add(so_far, *batch.part(begin, end))
+            so_far = parts.step.add(so_far, *batch.part(begin, end, width=self._width))
             send(so_far, parts.state, waits=waits)
             parts.state.rows_done, self.partial = end, so_far
             if end < rows and self.stop_requested():

@@ -4,7 +4,8 @@ If its predicted memory fits (`memory_forecast`), steps with all rows of a pass 
 how far the host is ahead of the device depends on the speed of both. Otherwise a quarter and a half of the rows are
 tried, and the time of a pass is taken for linear in its tokens, as is its peak where none is predicted: what a trial is
 off by, the result is off by up to three times as much. Where a pass has a single row, its beginning is tried, and time
-that grows with the square of the length is underestimated. An update does not grow with the tokens.
+that grows with the square of the length is underestimated. An update does not grow with the tokens. The trials compute
+padding, which most passes of a training leave out: their time is that of the positions they compute.
 
 Seconds to the end are those of the start, of opening the model and the one that was written, of the first step's trace,
 of all steps, and of all validations; some rows are validated to know them. Kernels that are verified here, and
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from mlxflow.data.row_widths import mean_width
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.kernels.model_kernels import ModelKernels
@@ -128,7 +130,9 @@ def forecast(
     if trials is None:
         return Forecast(None, started, count, note, advice)
     few, many = trials.few, trials.many
-    pass_seconds = _at(count, few.tokens, few.seconds, many.tokens, many.seconds)
+    marks = tokens.rows.marks
+    share = mean_width(marks, settings.batch_size) / (marks.shape[1] - 1)  # of the positions, that a step computes
+    pass_seconds = share * _at(count, few.tokens, few.seconds, many.tokens, many.seconds)
     seconds = started._replace(
         first_step=trials.first_seconds,
         step=pass_seconds * settings.grad_accum_steps + many.update_seconds,

@@ -95,7 +95,8 @@ class RankAccumulator:
         self._passes: list[_Pass] = []
         self._count = 0  # passes of all ranks in this update
         self._targets = 0  # of all ranks
-        self._shapes: set[int] = set()
+        self._width: int | None = None
+        self._shapes: set[tuple[int, int]] = set()
 
     def begin(self, digests: Mapping[str, str]) -> None:
         """Compare this rank with the others before its first step.
@@ -129,12 +130,19 @@ class RankAccumulator:
         """Return whether a signal asks any rank to end the run; the same on all ranks."""
         return self._stops
 
-    def take_batch(self) -> bool:
-        """Take this rank's rows of the next update; return whether a shape of its forward passes is new."""
+    def take_batch(self, *, is_whole: bool = False) -> bool:
+        """Take this rank's rows of the next update; return whether a shape of its forward passes is new.
+
+        Args:
+            is_whole: compute the padding, too, so that the peak is that of the longest rows.
+        """
         self._team.step = self._parts.state.step + 1
         self._team.beat("reading rows")
         self._read_rows()
-        new = {one.end - one.begin for one in self._passes} - self._shapes
+        batch = cast("DeviceBatch", self._batch)
+        self._width = batch.tokens.shape[1] - 1 if is_whole else None
+        shapes = {(one.end - one.begin, self._width or batch.width(one.begin, one.end)) for one in self._passes}
+        new = shapes - self._shapes
         self._shapes |= new
         return bool(new)
 
@@ -252,7 +260,7 @@ class RankAccumulator:
         return cast("Packed", so_far)
 
     def _forward(self, one: _Pass, so_far: Packed | None, *, adds: bool) -> Packed:
-        batch = cast("DeviceBatch", self._batch).part(one.begin, one.end)
+        batch = cast("DeviceBatch", self._batch).part(one.begin, one.end, width=self._width)
         if one is _EMPTY:
             batch = tuple(mx.zeros((1, *rows.shape[1:]), rows.dtype) for rows in batch)
         rank_step = self._rank_step

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlxflow.data.loader import DeviceBatch
 from mlxflow.ops.module_caches import restored_caches
 from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training.batch_size import split
@@ -193,25 +194,26 @@ class Step:
 
 def accumulate(
     step: Step,
-    tokens: mx.array,
-    marks: mx.array,
+    batch: DeviceBatch,
     *,
     batch_size: int,
+    width: int | None = None,
     after_each: Callable[[Gradients], object] = lambda gradients: None,
 ) -> Gradients:
     """Return the gradients of all rows of an update, (R, L + 1), summed over smaller forward passes.
 
     Args:
         step: of the model.
-        tokens: of the rows.
-        marks: of the rows.
+        batch: the rows.
         batch_size: rows of a forward pass.
+        width: positions of a row that are computed; None for those that a forward pass needs.
         after_each: called with the sums after each of several forward passes.
     """
-    if len(tokens) <= batch_size:
-        return step.compute(tokens, marks)
+    rows = len(batch.tokens)
+    if rows <= batch_size:
+        return step.compute(*batch.part(0, rows, width=width))
     so_far = None
-    for begin, end in split(len(tokens), batch_size):
-        so_far = step.add(so_far, tokens[begin:end], marks[begin:end])
+    for begin, end in split(rows, batch_size):
+        so_far = step.add(so_far, *batch.part(begin, end, width=width))
         after_each(so_far)
     return cast("Gradients", so_far)

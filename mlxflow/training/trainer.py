@@ -240,8 +240,8 @@ class Trainer:
         """Send one update to the device; wait for it where memory is read or something is compiled."""
         facts, settings = self._facts, self._settings
         number = facts.step + 1
-        compiles = self._accumulator.take_batch()
         looks = bool(settings.adjust_every) and (number == 1 or number % settings.adjust_every == 0)
+        compiles = self._accumulator.take_batch(is_whole=looks)
         if looks or compiles:
             self._settle(0)
             memory_errors.settle()  # what fails from here on is this update's own work, and can be repeated

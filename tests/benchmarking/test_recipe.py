@@ -48,6 +48,7 @@ def test_optimizations_that_a_workflow_does_not_use_are_not_ablated() -> None:
         "without own cross-entropy",
         "without own arithmetic",
         "without joined updates",
+        "without trimming",
         "without prefetch",
     }
 

@@ -38,16 +38,18 @@ def _numbers(batches: Iterator[DeviceBatch]) -> list[int]:
 
 def test_further_arrays_of_the_rows_come_with_them() -> None:
     rows = _rows(12)
-    rows = rows._replace(extras=(np.arange(12) * 10, np.arange(24).reshape(12, 2)))
+    length = rows.tokens.shape[1] - 1
+    by_position = np.repeat(np.arange(12), length).reshape(12, length)
+    rows = rows._replace(extras=(by_position * 10, np.stack([by_position, by_position * 2], axis=2)))
     with _loader(rows) as loader:
         batches = list(islice(loader, 3))
     for batch in batches:
         numbers = np.array(batch.tokens)[:, 0].astype(int)
-        assert np.array_equal(np.array(batch.extras[0]), numbers * 10)
+        assert np.array_equal(np.array(batch.extras[0])[:, 0], numbers * 10)
         part = batch.part(1, 3)
-        assert np.array_equal(np.array(part[3])[:, 0], numbers[1:3] * 2)
+        assert np.array_equal(np.array(part[3])[:, 0, 1], numbers[1:3] * 2)
         assert len(part) == 4
-    assert np.array_equal(rows.head(2).extras[0], [0, 10])
+    assert np.array_equal(rows.head(2).extras[0][:, 0], [0, 10])
 
 
 @pytest.mark.parametrize("count", [5, 12, 5000])

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from benchmarks.architecture_configs import VOCAB_SIZE, config_of
+from mlxflow.data.row_widths import lengths_of, width_of
 from mlxflow.data.token_file import Rows
+from mlxflow.evaluation import positions
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.messages.errors import StageError
 from mlxflow.models import model_folder
 from mlxflow.ops import document_mask
 from tests.small_models import llama
+from tests.training.small_training import padded_rows
 
 
 def _random_state() -> mx.array:
@@ -93,6 +96,28 @@ def test_the_loss_does_not_depend_on_the_slice_size(architecture: str, masks: bo
         assert one.tokens == len(losses)
         assert one.loss == pytest.approx(losses.mean(), rel=1e-6)
         assert one.standard_error == pytest.approx(found[0].standard_error, rel=1e-5)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_padding_after_the_last_target_of_a_pass_is_not_computed(masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 sums of 96 products differ by less than 96 roundings; the loss of a token has several of them."""
+    model, _ = llama(vocab_size=50, context_length=96)
+    rows = padded_rows()
+    measured = [measure_perplexity(model, one, batch_size=8, masks_documents=masks) for one in (rows, rows.head(8))]
+    widths = [width_of(lengths_of(rows.marks[begin : begin + 8]), 96) for begin in range(0, 40, 8)]
+    seen: list[int] = []
+
+    def noted(lengths: object, context_length: int) -> int:
+        seen.append(width_of(lengths, context_length))  # type: ignore[arg-type]
+        return context_length
+
+    monkeypatch.setattr(positions, "width_of", noted)
+    whole = [measure_perplexity(model, one, batch_size=8, masks_documents=masks) for one in (rows, rows.head(8))]
+    assert seen == [*widths, widths[0]]
+    assert min(widths) < 96
+    for cut, other in zip(measured, whole, strict=True):
+        assert cut.tokens == other.tokens
+        assert cut.loss == pytest.approx(other.loss, rel=96 * 2**-24)
 
 
 def test_rows_without_a_target_are_skipped_and_data_without_any_target_is_refused() -> None:

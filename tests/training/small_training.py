@@ -41,6 +41,15 @@ def small_rows(count: int = 40, length: int = 9) -> Rows:
     return Rows(tokens, marks)
 
 
+def padded_rows(count: int = 40, length: int = 97) -> Rows:
+    """Return rows of which most end long before their last position."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 50, (count, length)).astype(np.uint16)
+    ends = np.where(generator.random(count) < 0.05, length, generator.integers(2, 50, count))
+    marks = np.where(np.arange(length) < ends[:, None], 3, 0).astype(np.uint8)
+    return Rows(np.where(marks, tokens, 0).astype(np.uint16), marks)
+
+
 def make_trainer(
     log: Callable[[dict[str, Any]], None],
     *,

@@ -132,6 +132,29 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
     assert (seconds.validation, seconds.validations) == (5.0, 5)  # steps 0, 4, 8 and 10, and the written model
 
 
+def test_the_time_of_a_pass_is_that_of_the_positions_that_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial computes padding, and took 3 s; the passes of the training compute a third of the positions."""
+    settings = TrainingSettings(num_steps=10, batch_size=8, warmup_steps=0, grad_accum_steps=2)
+    marks = np.zeros((16, 97), np.uint8)
+    marks[:, :20] = 3
+    rows = Rows(np.zeros(marks.shape, np.int32), marks)
+
+    def try_step(_subject: Any, _kernels: Any, some: Rows, least_seconds: float = 0.0) -> StepTrial:
+        return StepTrial(96 * some.num_rows, 100, 50, 3.0, 1.0)
+
+    subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
+    monkeypatch.setattr(job, "prepare", lambda *_, on_open: (on_open(), subject, None))
+    monkeypatch.setattr(kernel_selection, "select_kernels", lambda *_: None)
+    monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(900, 8 * 96))
+    monkeypatch.setattr(forecast, "try_step", try_step)
+    monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
+    monkeypatch.setattr(forecast, "_writing_seconds", lambda *_: 7.0)
+    request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
+    context: Any = _Stand(memory_limit_bytes=1000)
+    tokens: Any = _Stand(rows=rows)
+    assert forecast.forecast(request, tokens, rows, context).seconds.step == pytest.approx(2 * 3.0 / 3 + 1.0)
+
+
 def test_what_a_trial_compiles_is_not_counted_for_the_training_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainingSettings(num_steps=10, batch_size=8, warmup_steps=0)
     rows = Rows(np.zeros((16, 5), np.int32), np.full((16, 5), 3, np.uint8))

@@ -20,6 +20,7 @@ from tests.training.small_training import (
     bytes_of,
     checkpoint_store,
     make_trainer,
+    padded_rows,
     records_of,
     small_model,
     small_rows,
@@ -176,21 +177,30 @@ def test_an_error_of_earlier_work_is_not_blamed_on_the_pass_that_meets_it(monkey
 # --- checkpoints
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 6])
-def test_a_run_stopped_between_any_two_passes_resumes_to_the_same_bytes(tmp_path: Path, stop_at: int) -> None:
-    _, whole_records, whole = train_small(eval_every=2, save_every=2)
+#: Rows with padding, which the steps after the first leave out
+_PADDED = {"rows": padded_rows(), "adjust_every": 100}
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "changes"), [*((number, {}) for number in range(1, 7)), *((number, _PADDED) for number in (1, 4, 5))]
+)
+def test_a_run_stopped_between_any_two_passes_resumes_to_the_same_bytes(
+    tmp_path: Path, stop_at: int, changes: dict[str, Any]
+) -> None:
+    changes = {"eval_every": 2, "save_every": 2} | changes
+    _, whole_records, whole = train_small(**changes)
     asked = iter([*[False] * (stop_at - 1), True, *[False] * 100])
     store = checkpoint_store(tmp_path)
     first: Records = []
     with pytest.raises(Stopped) as stopped:
-        make_trainer(first.append, store=store, asked=lambda: next(asked), eval_every=2, save_every=2).run()
+        make_trainer(first.append, store=store, asked=lambda: next(asked), **changes).run()
     assert stopped.value.checkpoint.is_dir()
     model = small_model()
     mx.random.seed(99)
     checkpoint = store.latest()
     assert checkpoint is not None
     records: Records = [json.loads(line) for line in checkpoint.metrics.splitlines()]
-    result = make_trainer(records.append, model=model, store=store, eval_every=2, save_every=2).run(checkpoint)
+    result = make_trainer(records.append, model=model, store=store, **changes).run(checkpoint)
     assert bytes_of(model) == whole
     assert result.steps == 6
     for kind, keys in (("validation", ["step", "loss"]), ("train", ["step", "loss", "tokens", "gradient_norm"])):
