@@ -45,7 +45,7 @@ from benchmarks.real_models import MODELS
 from benchmarks.real_texts import texts
 from mlxflow.data.token_file import TokenFile
 from mlxflow.models import model_folder
-from mlxflow.quantization.calibrated import choose_rows
+from mlxflow.quantization.calibration_text import choose_text
 
 _IS_TINY = bool(os.environ.get("TINY"))
 
@@ -204,7 +204,7 @@ def _dynamic_rules(parsed: argparse.Namespace, dense: Path, job: Path, bits: int
     from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
 
     rows = TokenFile.open(job / "artifacts/pretokenize/train.safetensors").rows
-    chosen = rows.take(choose_rows(rows.marks, count=parsed.calibration_rows, seed=0)).tokens
+    chosen = choose_text(rows, count=parsed.calibration_rows, seed=0).tokens
     size, low, high = parsed.group_size, bits - 1, bits + 1
     tokens = mx.array(chosen.astype(np.int32))[:, :-1]
     found = dict(estimate_sensitivities(model_folder.load(dense)[0], tokens, low, size, high, size))

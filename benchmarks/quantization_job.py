@@ -56,13 +56,13 @@ class Job:
         import mlx.core as mx
 
         from mlxflow.data.token_file import TokenFile
-        from mlxflow.quantization.calibrated import choose_rows
+        from mlxflow.quantization.calibration_text import choose_text
 
         self._folder = Path(folder) / "artifacts"
         self.tokens = TokenFile.open(self._folder / "pretokenize" / "train.safetensors")
         self._held_out = TokenFile.open(self._folder / "pretokenize" / "validation.safetensors").rows.head(held_out)
         rows = self.tokens.rows
-        batch = rows.take(choose_rows(rows.marks, count=CALIBRATION, seed=0))
+        batch = choose_text(rows, count=CALIBRATION, seed=0)
         self.calibration, self.marks = mx.array(batch.tokens.astype("int32")), mx.array(batch.marks)
 
     def model(self) -> Any:

@@ -6,11 +6,9 @@ learn is refused by name; layers that it only rounds, such as embeddings, may ha
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.messages.errors import CallError
@@ -213,20 +211,6 @@ def scaled_model(load: Callable[[], nn.Module], folder: Path) -> Callable[[], nn
 
 def _update(block: nn.Module, tensors: Mapping[str, mx.array]) -> None:
     block.update(tree_unflatten(list(tensors.items())))
-
-
-def choose_rows(marks: Any, *, count: int, seed: int) -> Any:
-    """Return the numbers of randomly chosen rows to calibrate on, rows without padding first.
-
-    Args:
-        marks: (R, L + 1), 0 for padding.
-        count: of rows; fewer are returned if there are fewer.
-        seed: of the choice.
-    """
-    order = np.random.default_rng(seed).permutation(len(marks))
-    padded = np.asarray([bool((marks[row] == 0).any()) for row in order[: 4 * count]])
-    first = order[: 4 * count]
-    return np.concatenate([first[~padded], first[padded]])[:count]
 
 
 def _inside_blocks(model: nn.Module) -> set[str]:

@@ -119,7 +119,7 @@ def _run(
     )
     warnings = [
         *_losses_of_rounding(request, dense, plan, tokens, context),
-        *_warnings(request, tokens, texts, quality, context.task),
+        *_warnings(request, tokens, texts, quality, context),
     ]
     for warning in warnings:
         terminal.say(warning)
@@ -129,12 +129,17 @@ def _run(
 
 
 def _warnings(
-    request: QuantizationRequest, tokens: TokenPair, texts: QuantizationTexts, quality: QualityFigures, task: str
+    request: QuantizationRequest,
+    tokens: TokenPair,
+    texts: QuantizationTexts,
+    quality: QualityFigures,
+    context: Context,
 ) -> Iterator[str]:
     """Yield warnings about figures that flatter a method, and about too little text."""
     learns_text = request.training is not None and not request.training.distills
+    task = context.task
     yield from text_warnings(texts, task=task, perplexity_increase=quality.perplexity_increase, learns_text=learns_text)
-    yield from _shortage(request, tokens.train, task)
+    yield from _shortage(request, tokens.train, context)
 
 
 def _losses_of_rounding(
@@ -166,13 +171,18 @@ def _losses_of_rounding(
         )
 
 
-def _shortage(request: QuantizationRequest, tokens: TokenFile, task: str) -> Iterator[str]:
+def _shortage(request: QuantizationRequest, tokens: TokenFile, context: Context) -> Iterator[str]:
     """Yield a warning if there are fewer calibration rows than requested."""
     uses = request.budget is not None or request.rotations or request.method not in ("rtn", "qat")
-    if uses and tokens.rows.num_rows < request.calibration_rows:
+    if not uses:
+        return
+    ids, _ = calibration_rows(request, tokens, context)
+    if len(ids) < request.calibration_rows:
+        rows = "row" if len(ids) == 1 else "rows"
         yield (
-            f"{task}.calibration_rows = {request.calibration_rows}: {request.token_stage} has {tokens.rows.num_rows} "
-            "training rows, and the method learned these. Add text to its sources, or lower the number."
+            f"{context.task}.calibration_rows = {request.calibration_rows}: the training text of {request.token_stage} "
+            f"fills {len(ids)} {rows} of {ids.shape[1] - 1} tokens, and the method learned these. Add text to its "
+            "sources, or lower the number."
         )
 
 

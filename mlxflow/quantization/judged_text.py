@@ -24,7 +24,7 @@ class QuantizationTexts(NamedTuple):
     """The texts of a quantization, for the report.
 
     Attributes:
-        calibration: the rows that the method learns; None for a method that learns nothing.
+        calibration: the text that the method learns; None for a method that learns nothing.
         judging: the rows that measure the quality loss.
         overlap: share of the judging tokens that lie in passages which are among the learned rows, too.
     """
@@ -38,7 +38,7 @@ def describe_texts(learned: NDArray[Any] | None, train: TokenFile, judging: Rows
     """Return the names of the texts of a quantization, and their overlap.
 
     Args:
-        learned: (R, L + 1) ids of the rows that the method learns; None for none.
+        learned: (R, L' + 1) ids of the rows that the method learns; None for none.
         train: the training rows.
         judging: the rows that measure the quality loss.
         stage: of the tokens.
@@ -46,28 +46,34 @@ def describe_texts(learned: NDArray[Any] | None, train: TokenFile, judging: Rows
     judged = f"{judging.num_rows:,} validation rows of {stage}, {judging.tokens.shape[1] - 1:,} tokens each"
     if learned is None:
         return QuantizationTexts(None, judged, 0.0)
-    name = f"{len(learned):,} of {train.rows.num_rows:,} training rows of {stage}, {train.context_length:,} tokens each"
-    return QuantizationTexts(name, judged, overlap(np.asarray(judging.tokens), learned))
+    rows = f"{len(learned):,} rows of {learned.shape[1] - 1:,} tokens"
+    name = f"{rows}, from {train.rows.num_rows:,} training rows of {stage}"
+    return QuantizationTexts(name, judged, overlap(judging, learned))
 
 
-def overlap(judging: NDArray[Any], learned: NDArray[Any]) -> float:
+def overlap(judging: Rows, learned: NDArray[Any]) -> float:
     """Return the share of tokens that lie in a passage of `PASSAGE` tokens which is among the learned rows, too.
 
+    Padding is no token, and no part of a passage.
+
     Args:
-        judging: (R, L + 1) ids.
+        judging: rows of the token file.
         learned: (R, L + 1) ids; of more than 65,536 rows as many are compared, evenly spread.
     """
-    passages = _hashes(judging)
+    is_text = np.asarray(judging.marks) != 0
+    passages = _hashes(np.asarray(judging.tokens))
     wanted = np.unique(passages)
     known = np.zeros(len(wanted), bool)
     chosen = learned[:: -(-len(learned) // _MOST_ROWS)] if len(learned) else learned
     for begin in range(0, len(chosen), _ROWS_AT_ONCE):
         known |= np.isin(wanted, _hashes(chosen[begin : begin + _ROWS_AT_ONCE]))
     is_known = known[np.searchsorted(wanted, passages)] if len(wanted) else np.zeros(passages.shape, bool)
-    covered = np.zeros(judging.shape, bool)
+    for place in range(PASSAGE):
+        is_known &= is_text[:, place : place + is_known.shape[1]]
+    covered = np.zeros(is_text.shape, bool)
     for place in range(PASSAGE):
         covered[:, place : place + is_known.shape[1]] |= is_known
-    return float(covered.mean()) if covered.size else 0.0
+    return float(covered.sum() / max(1, is_text.sum()))
 
 
 def _hashes(rows: NDArray[Any]) -> NDArray[np.uint64]:

@@ -10,6 +10,7 @@ from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.models.fp32_on_cpu import widen
 from mlxflow.quantization import block_method, calibrated
 from mlxflow.quantization.apply import apply_plan
+from mlxflow.quantization.calibration_text import choose_text
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel
 from mlxflow.quantization.distillation import teacher_of
@@ -100,7 +101,7 @@ def learn_layers(
 def calibration_rows(
     request: QuantizationRequest, tokens: TokenFile, context: Context, *, skips: int = 0
 ) -> tuple[mx.array, mx.array]:
-    """Return token rows and their marks, (R, L + 1) each, chosen by seed.
+    """Return token rows and their marks, (R, L + 1) each, chosen by seed and without padding; see `choose_text`.
 
     Args:
         request: the number of rows.
@@ -109,8 +110,7 @@ def calibration_rows(
         skips: rows of the same order that are left out; the first ones are returned if none are left.
     """
     seed = derive_seed(context.seed, "quantize.calibration")
-    chosen = calibrated.choose_rows(tokens.rows.marks, count=skips + request.calibration_rows, seed=seed)
-    batch = tokens.rows.take(chosen[skips:] if len(chosen) > skips else chosen)
+    batch = choose_text(tokens.rows, count=request.calibration_rows, skips=skips, seed=seed)
     return mx.array(batch.tokens), mx.array(batch.marks)
 
 

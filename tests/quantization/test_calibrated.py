@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 
 from mlxflow.messages.errors import CallError
 from mlxflow.quantization import codec, dwq, mlx_lm_patches
-from mlxflow.quantization.calibrated import awq, choose_rows, gptq
+from mlxflow.quantization.calibrated import awq, gptq
 from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.settings import Setting
 
@@ -269,14 +269,3 @@ def test_bits_that_a_method_does_not_have_are_refused(method: str, setting: Sett
     with pytest.raises(CallError) as caught:
         _learn(method, model, _plan(model, setting))
     assert str(caught.value) == f'quantize.method = "{method}": {message}'
-
-
-def test_rows_are_chosen_by_seed_and_full_ones_first() -> None:
-    marks = np.full((40, 9), 3, np.uint8)
-    marks[::2, -2:] = 0
-    one, same, other = (choose_rows(marks, count=10, seed=seed) for seed in (1, 1, 2))
-    assert (one == same).all()
-    assert (one != other).any()
-    assert len(set(one.tolist())) == 10
-    assert (one % 2 == 1).all()
-    assert len(choose_rows(marks, count=100, seed=1)) == 40

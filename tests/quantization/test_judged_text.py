@@ -1,8 +1,24 @@
+from typing import Any
+
 import numpy as np
 
-from mlxflow.quantization.judged_text import PASSAGE, QuantizationTexts, overlap, text_warnings
+from mlxflow.data.token_file import Rows
+from mlxflow.quantization import judged_text
+from mlxflow.quantization.judged_text import PASSAGE, QuantizationTexts, text_warnings
 
 TOKENS = np.random.default_rng(0).integers(0, 50_000, (40, 65)).astype(np.uint16)
+
+
+def overlap(judging: Any, learned: Any) -> float:
+    return judged_text.overlap(Rows(judging, np.full(judging.shape, 3, np.uint8)), learned)
+
+
+def test_padding_is_no_text_that_was_learned() -> None:
+    judging, learned = (np.pad(part, ((0, 0), (0, 100))) for part in (TOKENS[:4], TOKENS[10:]))
+    marks = np.pad(np.full((4, 65), 3, np.uint8), ((0, 0), (0, 100)))
+    assert judged_text.overlap(Rows(judging, marks), learned) == 0.0
+    learned[5, 3:68] = judging[2, :65]
+    assert judged_text.overlap(Rows(judging, marks), learned) == 1 / 4  # of the tokens, not of the positions
 
 
 def test_overlap_counts_tokens_of_passages_that_are_in_both_texts() -> None:

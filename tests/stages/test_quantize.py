@@ -378,7 +378,7 @@ def test_block_reports_its_texts_and_blocks_and_leaves_no_files(job: Job) -> Non
     rows = TokenFile.open(job.folder / "artifacts/pretokenize/train.safetensors").rows.num_rows
     assert [one["path"] for one in report["blocks"]] == ["model.layers.0", "model.layers.1"]
     assert all(0 < one["error_after_training"] < one["error_before_training"] for one in report["blocks"])
-    assert report["calibration_text"] == f"64 of {rows} training rows of pretokenize, 16 tokens each"
+    assert report["calibration_text"] == f"64 rows of 16 tokens, from {rows} training rows of pretokenize"
     judging = TokenFile.open(job.folder / "artifacts/pretokenize/validation.safetensors").rows.head(64).num_rows
     assert report["quality"]["text"] == f"{judging} validation rows of pretokenize, 16 tokens each"
     rounded = job.run(bits=2, group_size=32, max_validation_rows=64)
@@ -632,11 +632,12 @@ def test_a_rotated_model_is_quantized_and_compared_with_the_dense_one(job: Job, 
 
 
 def test_fewer_calibration_rows_than_requested_are_a_warning(job: Job) -> None:
-    rows = TokenFile.open(job.folder / "artifacts/pretokenize/train.safetensors").rows.num_rows
+    marks = TokenFile.open(job.folder / "artifacts/pretokenize/train.safetensors").rows.marks
+    rows = np.count_nonzero(marks) // marks.shape[1]
     report = job.run(method="block", bits=4, block_steps=0, calibration_rows=100_000)
     assert report["warnings"][-1] == (
-        f"quantize.calibration_rows = 100000: pretokenize has {rows} training rows, and the method learned these. "
-        "Add text to its sources, or lower the number."
+        f"quantize.calibration_rows = 100000: the training text of pretokenize fills {rows} rows of 16 tokens, and the "
+        "method learned these. Add text to its sources, or lower the number."
     )
 
 
