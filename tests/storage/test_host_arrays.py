@@ -14,7 +14,6 @@ PACKAGE = Path(__file__).parents[2] / "mlxflow"
 
 # Arrays of NumPy, of a memory-mapped file or evaluated just before, in modules that use MLX too
 OF_NUMPY = {
-    "benchmarking/unpacked_rows.py",
     "distributed/team.py",
     "evaluation/positions.py",
     "models/gguf_blocks.py",
