@@ -105,14 +105,30 @@ def trace(function: Callable[..., Sequence[mx.array]], arguments: Sequence[mx.ar
         results = list(function(*arrays))
         return [*results, *(array for link in tracer.links for array in link), *tracer.listed_calls()]
 
-    replaced = ((mx, "vjp", tracer.vjp), (mx, "value_and_grad", tracer.value_and_grad))
+    replaced: list[tuple[Any, str, Any]] = [
+        (mx, "vjp", tracer.vjp),
+        (mx, "value_and_grad", tracer.value_and_grad),
+        (mx, "checkpoint", tracer.checkpoint),
+    ]
+    if _fuses_losses():
+        replaced.append((mx.fast, "cross_entropy", _losses))
     with (
-        patching.attributes(*replaced, (mx, "checkpoint", tracer.checkpoint), by=__name__),
+        patching.attributes(*replaced, by=__name__),
         recorded(tracer),
         _compiled_functions_inlined(),
     ):
         mx.export_function(take, traced, *arguments)
     return _connected(operations, values(parts["inputs"]), values(parts["outputs"]), tracer)
+
+
+def _fuses_losses() -> bool:
+    """Return whether `mx.fast.cross_entropy` is one operation, as on a GPU; MLX cannot export it."""
+    return mx.default_device() != mx.cpu
+
+
+def _losses(logits: mx.array, _targets: mx.array) -> mx.array:
+    """Stand in for MLX's fused cross-entropy: as it, it reads the logits once, and makes a number for each row."""
+    return mx.logsumexp(logits, axis=-1).astype(mx.float32)
 
 
 @contextmanager

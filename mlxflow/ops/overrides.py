@@ -64,5 +64,18 @@ def replaced_operations(model: nn.Module, tokens: mx.array, how: OperationOverri
         yield
 
 
+@contextmanager
+def replaced_in_evaluation(how: OperationOverrides) -> Iterator[None]:
+    """Let products with quantized weights take the way of a training step until the block ends.
+
+    On a GPU only: on the CPU they do wherever a model is used (`quantized_matmul.install`).
+    """
+    if how.is_faster_dense is None:
+        yield
+        return
+    with quantized_matmul.replaced(how.is_faster_dense):
+        yield
+
+
 def _never(*_: Any) -> bool:
     return False

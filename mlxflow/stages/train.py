@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlxflow.training.settings import SettingNames
     from mlxflow.training.table_job import TableJob
 
-VERSION = 13  # forward passes and validations leave out the padding after the longest row
+VERSION = 14  # on a GPU validations multiply quantized weights as the steps do
 
 #: Keys that do not affect the artifact.
 EXECUTION_ONLY_KEYS = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
@@ -287,7 +287,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     from mlxflow.report.stage_reports.train import TrainReport
-    from mlxflow.training import job, model_artifact
+    from mlxflow.training import build, job, model_artifact
     from mlxflow.training.figures import TrainingFigures
     from mlxflow.training.run_warnings import Ending
 
@@ -304,7 +304,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     )
     figures = TrainingFigures.of(trained.result, num_rows=rows.num_rows, keeps_best=config.keep == "best")
     # the trained model is freed by now: there is memory for the one in the files
-    measured = model_artifact.measure_artifact(context.folder, inputs.validation, trained.settings)
+    overrides = build.overrides_of(trained.settings, trained.kernels)
+    measured = model_artifact.measure_artifact(context.folder, inputs.validation, trained.settings, overrides)
     quality = model_artifact.quality_of(figures, measured)
     lost = model_artifact.warn_of_loss(figures, quality, fuse=trained.fuse, task=context.task)
     rises = trained.result.validations_since_best

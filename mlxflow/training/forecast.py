@@ -24,6 +24,7 @@ from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.models import quantized_layers
+from mlxflow.ops.overrides import replaced_in_evaluation
 from mlxflow.storage import user_folders
 from mlxflow.storage.run_context import Context
 from mlxflow.training import build, job, kernel_selection
@@ -136,7 +137,7 @@ def forecast(
     seconds = started._replace(
         first_step=trials.first_seconds,
         step=pass_seconds * settings.grad_accum_steps + many.update_seconds,
-        validation=_validation_seconds(subject, validation.head(settings.max_validation_rows)),
+        validation=_validation_seconds(subject, kernels, validation.head(settings.max_validation_rows)),
         validations=num_validations(settings) + 1,
         writing=_writing_seconds(request, subject, many.state_bytes, context),
     )
@@ -165,7 +166,7 @@ def _tried(subject: build.Subject, kernels: ModelKernels, rows: Rows, *, fits: b
     compiled = _num_compiled()
     whole = try_step(subject, kernels, rows, least_seconds=_TIMED_SECONDS) if fits else None
     if whole is not None:
-        first = None if _num_compiled() == compiled else try_step(subject, kernels, part_of(rows, 4))
+        first = None if _num_compiled() == compiled else try_step(subject, kernels, rows)  # all is compiled by now
         return _Trials(whole, whole, (first or whole).first_seconds, is_whole=True)
     few, many = (try_step(subject, kernels, part_of(rows, share)) for share in (4, 2))
     if few is None:
@@ -222,15 +223,15 @@ def _writing_seconds(request: job.Job, subject: build.Subject, state_bytes: int,
     return writing_seconds(size, context.state)
 
 
-def _validation_seconds(subject: build.Subject, rows: Rows) -> float:
+def _validation_seconds(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> float:
     """Return the seconds of a validation; the first passes of it are measured, once they were compiled."""
     settings = subject.settings
 
     def measure(count: int) -> float:
         begin = time.perf_counter()
-        measure_perplexity(
-            subject.model, rows.head(count), batch_size=settings.batch_size, masks_documents=settings.masks_documents
-        )
+        some, masks = rows.head(count), settings.masks_documents
+        with replaced_in_evaluation(build.overrides_of(settings, kernels)):
+            measure_perplexity(subject.model, some, batch_size=settings.batch_size, masks_documents=masks)
         return time.perf_counter() - begin
 
     count = min(settings.batch_size, rows.num_rows)

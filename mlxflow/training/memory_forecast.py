@@ -18,6 +18,7 @@ from mlxflow.device import compute_device
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.ops.graph_trace import Traced, Value, trace
+from mlxflow.ops.overrides import replaced_in_evaluation
 from mlxflow.training import build, graph_memory
 from mlxflow.training.device_lag import Ahead, BatchesAhead, Lag
 from mlxflow.training.graph_fusion import Graph, compiled
@@ -115,14 +116,15 @@ def _forecast(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> Memo
     with restored(subject.model), build.ready_step(subject, kernels) as step:
         graphs, held, changed = _graphs_of(step, subject, rows)
     lags = _lags()
-    of_validation = validation_peak_bytes(
-        subject.model,
-        rows,
-        held + sum(dict(changed.values()).values()),
-        batch_size=subject.settings.batch_size,
-        masks_documents=subject.settings.masks_documents,
-        lags=lags,
-    )
+    with replaced_in_evaluation(build.overrides_of(subject.settings, kernels)):
+        of_validation = validation_peak_bytes(
+            subject.model,
+            rows,
+            held + sum(dict(changed.values()).values()),
+            batch_size=subject.settings.batch_size,
+            masks_documents=subject.settings.masks_documents,
+            lags=lags,
+        )
     of_step = [graph_memory.peak_bytes(graphs, held, changed, lag=lag) for lag in lags]
     peak, waiting = (max(pair) for pair in zip(of_step, of_validation, strict=True))
     return MemoryForecast(peak, rows.num_rows * (rows.tokens.shape[1] - 1), of_validation[0], waiting)

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.perplexity import Perplexity, measure_perplexity
 from mlxflow.models import adapter_files, model_folder, quantized_layers, tokenizer_files
+from mlxflow.ops.overrides import OperationOverrides, replaced_in_evaluation
 from mlxflow.storage import config_json, model_files
 from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.training.adapters import save_adapters
@@ -73,7 +74,9 @@ def _save_adapters(model: nn.Module, config: Mapping[str, Any], context: Context
     save_adapters(model, config, weights_file=weights_file, config_file=config_file, provenance=context.provenance)
 
 
-def measure_artifact(folder: Path, validation: Path, settings: TrainingSettings) -> Perplexity:
+def measure_artifact(
+    folder: Path, validation: Path, settings: TrainingSettings, overrides: OperationOverrides
+) -> Perplexity:
     """Return the perplexity of a written model on the validation rows.
 
     The model is opened from the disk, so the result includes the effects of fusing, rounding and conversion.
@@ -82,6 +85,7 @@ def measure_artifact(folder: Path, validation: Path, settings: TrainingSettings)
         folder: the model folder.
         validation: the token file.
         settings: of the training; the limit of rows, the batch size and the document mask are used.
+        overrides: of the training; its products are used.
 
     Raises:
         ArtifactError: the files cannot be opened as a model.
@@ -90,7 +94,8 @@ def measure_artifact(folder: Path, validation: Path, settings: TrainingSettings)
     mx.clear_cache()
     model = model_folder.load(folder)[0]
     rows = TokenFile.open(validation).rows.head(settings.max_validation_rows)
-    return measure_model(model, rows, batch_size=settings.batch_size, masks_documents=settings.masks_documents)
+    with replaced_in_evaluation(overrides):
+        return measure_model(model, rows, batch_size=settings.batch_size, masks_documents=settings.masks_documents)
 
 
 def measure_model(model: nn.Module, rows: Rows, *, batch_size: int, masks_documents: bool) -> Perplexity:

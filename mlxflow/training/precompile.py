@@ -39,8 +39,10 @@ def precompile_step(
 
     try:
         with restored(model), codegen.doing_nothing():
-            _do(make_step(), rows, is_one_pass=is_one_pass)
-            measure_perplexity(model, rows, batch_size=rows.num_rows, masks_documents=masks_documents)
+            step = make_step()
+            _do(step, rows, is_one_pass=is_one_pass)
+            with step.evaluating():
+                measure_perplexity(model, rows, batch_size=rows.num_rows, masks_documents=masks_documents)
     except Exception as failure:  # whatever it is, training is not affected or fails with it, too
         reason = reason_of(failure)
         terminal.say(f"mlxflow: not all of the first step was compiled ahead ({reason})")

@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 
 from mlxflow.data.loader import DeviceBatch
 from mlxflow.ops.module_caches import restored_caches
-from mlxflow.ops.overrides import OperationOverrides, replaced_operations
+from mlxflow.ops.overrides import OperationOverrides, replaced_in_evaluation, replaced_operations
 from mlxflow.training.batch_size import split
 from mlxflow.training.frozen_shards import FrozenShards
 from mlxflow.training.gradient_packing import GradientPacking, Gradients, Joined
@@ -90,7 +90,7 @@ class Step:
             inputs=self.state,
             outputs=self.state,
         )
-        self._model = model
+        self._model, self._overrides = model, overrides
         self.frozen: FrozenShards | None = None
         self.of_update = update
         self.gradients = compute
@@ -152,11 +152,12 @@ class Step:
         return tree_map(lambda weight: weight, self._model.trainable_parameters())
 
     @contextmanager
-    def whole_model(self) -> Iterator[None]:
-        """Have whole weights in the model until the block ends; a collective where the layers are split."""
+    def evaluating(self) -> Iterator[None]:
+        """Evaluate the model in a block, with the products of a step; a collective where the layers are split."""
         layers, frozen = self.of_update.layers, self.frozen
         self.end()
-        yield
+        with replaced_in_evaluation(self._overrides):
+            yield
         if frozen is not None:
             frozen.split_again()
         if layers is not None:

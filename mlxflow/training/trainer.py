@@ -221,7 +221,7 @@ class Trainer:
     def _validate(self) -> None:
         """Measure the validation loss; a signal meanwhile ends the run with a checkpoint of before."""
         self._team.batch_size = 0
-        with self._step.whole_model(), self._memory.validation():
+        with self._step.evaluating(), self._memory.validation():
             is_measured = self._validator.validate()
         if not is_measured:
             self._stop()

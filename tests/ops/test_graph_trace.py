@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlxflow.ops import graph_trace
 from mlxflow.ops.custom_function import custom_function
 from mlxflow.ops.graph_trace import CUSTOM, Operation, Traced, Value, _compiles, in_order, trace
 
@@ -61,6 +62,23 @@ def test_a_compiled_function_of_what_a_custom_function_returned_is_traced_as_it_
     assert names["Sigmoid"] == 2  # forward and gradient
     assert not any(name.startswith("Compiled") for name in names)
     assert _compiles()
+
+
+def test_the_fused_cross_entropy_of_a_gpu_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX cannot export it, so that no memory was predicted there; a stand-in with the same arrays can."""
+
+    def not_exported(*_: mx.array) -> mx.array:
+        raise ValueError("[export_function] Unable to get state for primitive CrossEntropy")
+
+    def losses(logits: mx.array) -> list[mx.array]:
+        return [nn.losses.cross_entropy(logits, mx.array([1, 2, 3]))]
+
+    monkeypatch.setattr(graph_trace, "_fuses_losses", lambda: True)
+    monkeypatch.setattr(mx.fast, "cross_entropy", not_exported)
+    traced = trace(losses, [mx.zeros((3, 8), mx.bfloat16)], prefix="")
+    assert _names(traced)["LogSumExp"] == 1
+    assert traced.outputs[0].shape == (3,)
+    assert mx.fast.cross_entropy is not_exported
 
 
 def test_a_trace_leaves_compilation_disabled_where_it_was() -> None:
