@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 16  # the costs for a budget are corrected at the plans that were measured
+VERSION = 17  # the scales of an embedding that is also the head are trained at a lower rate
 
 LATER_KEYS = {"num_epochs": "auto"}
 

@@ -90,3 +90,20 @@ def test_only_grids_are_trainable_with_fixed_codes() -> None:
     with grids_in_training(model, plan, _packed(model, plan), trains_codes=False):
         names = {name.rpartition(".")[2] for name, _ in tree_flatten(model.trainable_parameters())}
     assert names == {"stretch", "shift"}
+
+
+@pytest.mark.parametrize(
+    ("is_tied", "bits", "share"), [(True, 4, 0.1), (True, 3, 0.1), (True, 2, 1.0), (False, 4, 1.0)]
+)
+def test_the_grid_of_an_embedding_that_is_also_the_head_moves_less_unless_it_has_2_bits(
+    is_tied: bool, bits: int, share: float
+) -> None:
+    model, _ = llama(hidden_size=64, num_layers=1, intermediate_size=96, tie_word_embeddings=is_tied)
+    plan = {path: Setting("affine", bits, 32) for path in ("model.embed_tokens", "model.layers.0.mlp.up_proj")}
+    modules, packed = dict(model.named_modules()), _packed(model, plan)
+    with grids_in_training(model, plan, packed, trains_codes=False) as pack:
+        for path in plan:
+            modules[path].stretch = mx.full(modules[path].stretch.shape, 0.5)
+        moved = pack()
+    changes = [float((moved[path].scales / packed[path].scales).mean()) - 1 for path in plan]
+    assert changes == pytest.approx([0.5 * share, 0.5], rel=0.02)
