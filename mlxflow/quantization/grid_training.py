@@ -48,17 +48,17 @@ class _Kind(NamedTuple):
     share: float
 
 
-def rate_share(model: nn.Module, path: str, setting: Setting) -> float:
-    """Return the share of the learning rate at which the scales and biases of a layer are trained.
+def rate_shares(model: nn.Module, layers: Mapping[str, Setting]) -> dict[str, float]:
+    """Return the shares of the learning rate at which the scales and biases of layers are trained, by module path.
 
     Args:
-        model: of the layer.
-        path: of the layer.
-        setting: of its quantization.
+        model: of the layers.
+        layers: module path to setting.
     """
     modules = dict(model.named_modules())
-    is_tied = hasattr(modules[path], "as_linear") and not any(name.endswith("lm_head") for name in modules)
-    return _TIED_SHARE if is_tied and setting.bits >= _TIED_BITS else 1.0
+    has_head = any(path.endswith("lm_head") for path in modules)
+    slow = {path for path, one in layers.items() if hasattr(modules[path], "as_linear") and one.bits >= _TIED_BITS}
+    return {path: _TIED_SHARE if path in slow and not has_head else 1.0 for path in layers}
 
 
 @contextmanager
@@ -81,9 +81,9 @@ def grids_in_training(
     modules = dict(model.named_modules())
     chosen = {path: modules[path] for path in layers}
     dense = {path: module["weight"] for path, module in chosen.items()}
+    shares = rate_shares(model, layers)
     kinds = {
-        path: _Kind(setting, (dense[path].dtype, dense[path].dtype), rate_share(model, path, setting))
-        for path, setting in layers.items()
+        path: _Kind(setting, (dense[path].dtype, dense[path].dtype), shares[path]) for path, setting in layers.items()
     }
     changes = [(chosen[path], _grid_class(cast("Hashable", type(chosen[path])), kind)) for path, kind in kinds.items()]
     if not trains_codes:

@@ -15,7 +15,7 @@ from mlx.utils import tree_map, tree_unflatten
 from numpy.typing import NDArray
 
 from mlxflow.quantization.codec import Packed
-from mlxflow.quantization.grid_training import rate_share
+from mlxflow.quantization.grid_training import rate_shares
 from mlxflow.quantization.mlx_lm_patches import dense_products, recomputing_blocks
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_losses
@@ -24,7 +24,7 @@ from mlxflow.quantization.tuning_saves import TuningSaves
 # Adam's averages: short, since there are few steps
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
 
-# Highest step of a scale, and of a bias, relative to the mean size of the scales of its layer; see also `rate_share`
+# Highest step of a scale, and of a bias, relative to the mean size of the scales of its layer; see also `rate_shares`
 _RATE = 2e-3
 
 # Scales and biases by name, and Adam's averages of their gradients and of the squares of these
@@ -128,10 +128,11 @@ class _Grids:
         self.begin: dict[str, mx.array] = {}
         self.units: dict[str, mx.array] = {}
         self._dtypes: dict[str, mx.Dtype] = {}
+        shares = rate_shares(student, plan)
         for path in (path for path, setting in plan.items() if setting.mode == "affine"):
             layer = self._modules[path]
             layer.unfreeze(keys=["scales", "biases"], recurse=False)
-            unit = rate_share(student, path, plan[path]) * mx.abs(layer.scales.astype(mx.float32)).mean()
+            unit = shares[path] * mx.abs(layer.scales.astype(mx.float32)).mean()
             for own in ("scales", "biases"):
                 self._dtypes[f"{path}.{own}"] = layer[own].dtype
                 self.begin[f"{path}.{own}"] = layer[own].astype(mx.float32)

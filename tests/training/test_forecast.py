@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import model_kernels
 from mlxflow.training import forecast, job, kernel_selection
-from mlxflow.training.forecast import Seconds, _at, _peak, num_validations
+from mlxflow.training.forecast import Forecast, Seconds, _at, _peak, num_validations
 from mlxflow.training.memory_forecast import MemoryForecast
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.step_trials import StepTrial, _num_ahead
@@ -81,6 +82,31 @@ class _Stand:
         return self
 
 
+def _foreseen(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: TrainingSettings,
+    rows: Rows,
+    try_step: Callable[..., StepTrial],
+    forecast_memory: Callable[..., MemoryForecast],
+) -> Callable[..., Forecast]:
+    """Return a function of the seconds before that forecasts a training whose steps and memory are given."""
+    subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
+    monkeypatch.setattr(job, "prepare", lambda *_, on_open: (on_open(), subject, None))
+    monkeypatch.setattr(kernel_selection, "select_kernels", lambda *_: None)
+    monkeypatch.setattr(forecast, "forecast_memory", forecast_memory)
+    monkeypatch.setattr(forecast, "try_step", try_step)
+    monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
+    monkeypatch.setattr(forecast, "_writing_seconds", lambda *_: 7.0)
+    request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
+    context: Any = _Stand(memory_limit_bytes=1000)
+    tokens: Any = _Stand(rows=rows)
+
+    def made(before_seconds: float = 0.0) -> Forecast:
+        return forecast.forecast(request, tokens, rows, context, before_seconds=before_seconds)
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("traced", "of_validation", "tried", "step", "peak"),
     [
@@ -107,17 +133,8 @@ def test_all_rows_are_timed_where_they_fit_and_parts_where_not(
             raise ValueError("an operation that cannot be exported")
         return MemoryForecast(traced, 32, of_validation)
 
-    subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
-    monkeypatch.setattr(job, "prepare", lambda *_, on_open: (on_open(), subject, None))
-    monkeypatch.setattr(kernel_selection, "select_kernels", lambda *_: None)
-    monkeypatch.setattr(forecast, "forecast_memory", forecast_memory)
-    monkeypatch.setattr(forecast, "try_step", try_step)
-    monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
-    monkeypatch.setattr(forecast, "_writing_seconds", lambda *_: 7.0)
-    request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
-    context: Any = _Stand(memory_limit_bytes=1000)
-    tokens: Any = _Stand(rows=rows)
-    expected = forecast.forecast(request, tokens, rows, context, before_seconds=100.0)
+    foreseen = _foreseen(monkeypatch, settings, rows, try_step, forecast_memory)
+    expected = foreseen(100.0)
     assert trials == tried
     assert expected.peak_bytes == peak
     assert expected.advice == (
@@ -143,17 +160,8 @@ def test_the_time_of_a_pass_is_that_of_the_positions_that_it_computes(monkeypatc
     def try_step(_subject: Any, _kernels: Any, some: Rows, least_seconds: float = 0.0) -> StepTrial:
         return StepTrial(96 * some.num_rows, 100, 50, 3.0, 1.0)
 
-    subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
-    monkeypatch.setattr(job, "prepare", lambda *_, on_open: (on_open(), subject, None))
-    monkeypatch.setattr(kernel_selection, "select_kernels", lambda *_: None)
-    monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(900, 8 * 96))
-    monkeypatch.setattr(forecast, "try_step", try_step)
-    monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
-    monkeypatch.setattr(forecast, "_writing_seconds", lambda *_: 7.0)
-    request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
-    context: Any = _Stand(memory_limit_bytes=1000)
-    tokens: Any = _Stand(rows=rows)
-    assert forecast.forecast(request, tokens, rows, context).seconds.step == pytest.approx(2 * 3.0 / 3 + 1.0)
+    foreseen = _foreseen(monkeypatch, settings, rows, try_step, lambda *_: MemoryForecast(900, 8 * 96))
+    assert foreseen().seconds.step == pytest.approx(2 * 3.0 / 3 + 1.0)
 
 
 def test_what_a_trial_compiles_is_not_counted_for_the_training_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,20 +174,11 @@ def test_what_a_trial_compiles_is_not_counted_for_the_training_that_follows(monk
         compiled[0] += 3 if len(trials) == 1 and compiles else 0
         return StepTrial(4 * some.num_rows, 100, 50, 3.0, 1.0, first_seconds=60.0 if len(trials) == 1 else 2.0)
 
-    subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
-    monkeypatch.setattr(job, "prepare", lambda *_, on_open: (on_open(), subject, None))
-    monkeypatch.setattr(kernel_selection, "select_kernels", lambda *_: None)
-    monkeypatch.setattr(forecast, "forecast_memory", lambda *_: MemoryForecast(900, 32))
-    monkeypatch.setattr(forecast, "try_step", try_step)
     monkeypatch.setattr(forecast, "_num_compiled", lambda: compiled[0])
-    monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
-    monkeypatch.setattr(forecast, "_writing_seconds", lambda *_: 7.0)
-    request: Any = _Stand(picks_checkpointing=False, kernels=_Stand())
-    context: Any = _Stand(memory_limit_bytes=1000)
-    tokens: Any = _Stand(rows=rows)
+    foreseen = _foreseen(monkeypatch, settings, rows, try_step, lambda *_: MemoryForecast(900, 32))
     first = []
     for compiles in (True, False):
         trials.clear()
-        first.append(forecast.forecast(request, tokens, rows, context).seconds.first_step)
+        first.append(foreseen().seconds.first_step)
         assert trials == ([8, 8] if compiles else [8])
     assert first == [2.0, 60.0]
