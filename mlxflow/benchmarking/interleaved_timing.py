@@ -17,6 +17,7 @@ from mlxflow.benchmarking.throughput import Timing, interleave
 from mlxflow.benchmarking.time_budget import NOT_MEASURED, Budget
 from mlxflow.device import phase_peaks
 from mlxflow.device.memory_errors import out_of_memory_bytes, settle
+from mlxflow.messages.byte_sizes import show_apart
 from mlxflow.report.stage_reports.benchmark import DriftFigures
 from mlxflow.report.stage_reports.benchmark_rows import TrainingRow
 
@@ -123,7 +124,8 @@ class _LoadedRecipes:
 
 
 def _lacking(needed: int, limit: int) -> str:
-    return f"does not fit: needs {needed:,} bytes and may use {limit:,}"
+    lacking, allowed = show_apart(needed, limit)
+    return f"does not fit: needs {lacking} and may use {allowed}"
 
 
 def measure_recipes(

@@ -20,3 +20,9 @@ def show_bytes(num_bytes: float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes:,.0f} bytes"
+
+
+def show_apart(num_bytes: int, other: int) -> tuple[str, str]:
+    """Return two numbers of bytes for a message that compares them: in full where `show_bytes` shows them alike."""
+    shown = show_bytes(num_bytes), show_bytes(other)
+    return shown if shown[0] != shown[1] or num_bytes == other else (f"{num_bytes:,} bytes", f"{other:,} bytes")

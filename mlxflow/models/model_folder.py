@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlxflow.messages.byte_sizes import show_apart
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import adapter_files, config_fields, model_code, quantized_layers, weight_checks
 from mlxflow.ops import gather_matmul, mlx_lm_import, quantized_matmul
@@ -47,9 +48,9 @@ def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str, *
     """
     needed = num_bytes(skeleton(config))
     if needed > memory_limit_bytes:
+        taken, limit = show_apart(needed, memory_limit_bytes)
         raise ArtifactError(
-            f"{key}: its weights take {needed:,} bytes, memory limit {memory_limit_bytes:,}. "
-            f"Make the model smaller, or raise {limit_key}."
+            f"{key}: its weights take {taken}, memory limit {limit}. Make the model smaller, or raise {limit_key}."
         )
 
 

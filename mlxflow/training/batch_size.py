@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlxflow.messages.byte_sizes import show_apart
 from mlxflow.messages.errors import SourceError, WorkflowError
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.training.memory_advice import memory_advice
@@ -198,12 +199,14 @@ class BatchSizes:
 
     def too_large(self, needed_bytes: int, limit_bytes: int) -> WorkflowError:
         """Return the error for a memory limit that the smallest batch exceeds."""
-        return self._too_little(self.size, f"need {needed_bytes:,} bytes and may use {limit_bytes:,}")
+        needed, limit = show_apart(needed_bytes, limit_bytes)
+        return self._too_little(self.size, f"need {needed} and may use {limit}")
 
     def _too_little(self, rows: int, what: str) -> WorkflowError:
         advice = memory_advice(self._settings, self._names, rows=rows)
         return WorkflowError(
-            f"{self._names.of('batch_size')}: forward passes of {rows} rows, the fewest, {what}. {advice}"
+            f"{self._names.of('batch_size')}: forward passes of {rows} row{'s' * (rows != 1)}, the fewest, {what}. "
+            f"{advice}"
         )
 
     def _decide(self, decision: Decision) -> Decision:

@@ -12,6 +12,7 @@ from mlxflow.distributed.code_digest import code_digest
 from mlxflow.distributed.team import Team, of_this_process
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages import terminal
+from mlxflow.messages.byte_sizes import show_apart
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.run_context import Context
 from mlxflow.training import build, progress
@@ -119,7 +120,8 @@ def exceeded_lines(result: Result, subject: build.Subject) -> list[str]:
     if peak <= limit:
         return []
     advice = memory_advice(settings, subject.names, rows=settings.batch_size)
-    return [f"{subject.names.table}: training took up to {peak:,} bytes, more than the {limit:,} allowed. {advice}"]
+    taken, allowed = show_apart(peak, limit)
+    return [f"{subject.names.table}: training took up to {taken}, more than the {allowed} allowed. {advice}"]
 
 
 def _end_process(team: Team, stop_requested: StopFlag) -> None:

@@ -132,7 +132,9 @@ def before(outline: RunOutline, *, task: str) -> Iterator[RunWarning]:
         yield RunWarning(task, Problem(key, None, expected, advice))
     rows = min(outline.validation_rows, outline.max_validation_rows)
     if rows < MIN_VALIDATION_ROWS:
-        expected = f"{rows} validation rows, fewer than {MIN_VALIDATION_ROWS}: their loss is mostly chance"
+        expected = (
+            f"{rows} validation row{'s' * (rows != 1)}, fewer than {MIN_VALIDATION_ROWS}: their loss is mostly chance"
+        )
         if outline.max_validation_rows < MIN_VALIDATION_ROWS <= outline.validation_rows:
             yield RunWarning(task, Problem("max_validation_rows", outline.max_validation_rows, expected, "Raise it."))
         else:

@@ -59,7 +59,7 @@ def test_a_recipe_out_of_memory_has_an_error_and_the_others_are_timed(monkeypatc
     measured, _ = _measure(monkeypatch, {"baseline": failure, "workflow": (2.0, 400), "without compile": (3.0, 400)})
     rows = rows_of(measured, targets_per_row=lambda _: 3.0, tokens_per_row=lambda _: 5.0)
     assert [row.name for row in rows] == ["baseline", "workflow", "without compile"]
-    assert rows[0].error == f"does not fit: needs 123,456 bytes and may use {1 << 40:,}"
+    assert rows[0].error == "does not fit: needs 123.5 kB and may use 1,100 GB"
     assert rows[1].tokens_per_second == 4 * 3 / 2.0
     assert rows[1].processed_tokens_per_second == 4 * 5 / 2.0
     assert rows[2].workflow_speedup == 1.5

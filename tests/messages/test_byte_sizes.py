@@ -1,6 +1,6 @@
 import pytest
 
-from mlxflow.messages.byte_sizes import show_bytes
+from mlxflow.messages.byte_sizes import show_apart, show_bytes
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,9 @@ from mlxflow.messages.byte_sizes import show_bytes
 )
 def test_bytes_are_shown_in_a_unit_in_which_they_have_digits(num_bytes: float, shown: str) -> None:
     assert show_bytes(num_bytes) == shown
+
+
+def test_two_numbers_that_would_be_shown_alike_are_shown_in_full() -> None:
+    assert show_apart(20_450_000_000, 20_200_000_000) == ("20.4 GB", "20.2 GB")
+    assert show_apart(1_000_000_001, 1_000_000_000) == ("1,000,000,001 bytes", "1,000,000,000 bytes")
+    assert show_apart(1_000_000_000, 1_000_000_000) == ("1.00 GB", "1.00 GB")

@@ -155,7 +155,7 @@ def test_a_new_model_that_cannot_fit_is_refused_before_a_weight_is_made() -> Non
         model_folder.require_room(config, 10**9, "train.model", limit_key="workflow.memory_limit")
     assert str(caught.value).startswith("train.model: its weights take ")
     assert str(caught.value).endswith(
-        " bytes, memory limit 1,000,000,000. Make the model smaller, or raise workflow.memory_limit."
+        " GB, memory limit 1.00 GB. Make the model smaller, or raise workflow.memory_limit."
     )
     model_folder.require_room(config_of("llama"), 10**9, "train.model", limit_key="workflow.memory_limit")
 

@@ -79,7 +79,7 @@ def test_out_of_memory_shrinks_to_the_minimum_and_then_reports_the_needed_bytes(
     with pytest.raises(WorkflowError) as caught:
         sizes.run_out(7, _reading(0.9), 1_500_000_000)
     assert str(caught.value) == (
-        "train.batch_size: forward passes of 2 rows, the fewest, need 1,500,000,000 bytes and may use 1,000,000,000. "
+        "train.batch_size: forward passes of 2 rows, the fewest, need 1.50 GB and may use 1.00 GB. "
         "Lower train.batch_size or pretokenize.context_length, set "
         'train.checkpointing = "layers" and train.fused_loss = true, or raise workflow.memory_limit.'
     )

@@ -32,7 +32,7 @@ def test_a_batch_that_cannot_fit_is_an_error_with_needed_and_allowed_bytes() -> 
     with pytest.raises(WorkflowError) as caught:
         train_small(limit=1000, num_steps=30)
     assert str(caught.value).startswith("train.batch_size: forward passes of 4 rows, the fewest, need ")
-    assert " bytes and may use 1,000. Lower train.batch_size" in str(caught.value)
+    assert " and may use 1.0 kB. Lower train.batch_size" in str(caught.value)
 
 
 def test_a_step_out_of_memory_is_retried_with_fewer_rows() -> None:

@@ -169,7 +169,7 @@ def test_a_peak_above_the_memory_limit_is_one_line(peak: int, is_said: bool, fil
     names = SettingNames("train", "pretokenize.context_length", "workflow.memory_limit")
     lines = exceeded_lines(result, build.Subject(small_model(), SETTINGS, 50, 8, names))
     expected = (
-        "train: training took up to 1,000,000,001 bytes, more than the 1,000,000,000 allowed. "
+        "train: training took up to 1,000,000,001 bytes, more than the 1,000,000,000 bytes allowed. "
         'Lower train.batch_size or pretokenize.context_length, set train.checkpointing = "layers" and '
         "train.fused_loss = true, or raise workflow.memory_limit."
     )

@@ -56,6 +56,9 @@ ONE_MISTAKE = {
     "Known here: benchmark, evaluate, export, pretokenize, profile, quantize, report, store, tracking, train, "
     "workflow.",
     "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
+    "[quantize.q4]\nbits = 4": "workflow.toml: quantize.q4: unknown key. "
+    'A variant is written as [[quantize]] with name = "q4".',
+    "[train.lra]\nrank = 4": "workflow.toml: train.lra: unknown key. Did you mean train.lora?",
     "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: adjust_every, batch_size, betas, "
     "checkpointing, constant_tokens_per_step, decay_steps, deterministic, document_mask, dynamic_batch_size, "
     "eval_every, final_learning_rate, fuse, fused_loss, grad_accum_steps, grow_below, input, keep, "
