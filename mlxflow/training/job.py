@@ -26,7 +26,7 @@ from mlxflow.training import (
 )
 from mlxflow.training.kernel_selection import KernelRequest
 from mlxflow.training.lora_config import decide_fuse
-from mlxflow.training.memory_forecast import forecast_memory
+from mlxflow.training.remembered_forecast import remembered_forecast
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
@@ -182,7 +182,7 @@ def _say_whether_it_fits(subject: build.Subject, kernels: ModelKernels, tokens: 
     if not rank.is_first or rank.shards_optimizer:  # of shards a rank has a part, which is not predicted
         return
     try:
-        expected = forecast_memory(subject, kernels, rows)
+        expected = remembered_forecast(subject, kernels, rows)
     except (ValueError, RuntimeError) as error:  # a model of other code may use what MLX cannot export
         line = f"the peak memory of a step is not predicted ({reason_of(error)})"
     else:
