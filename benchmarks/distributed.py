@@ -219,7 +219,8 @@ def _sum_reports_on_the_device() -> None:
     on_any_stream = mx.distributed.all_sum
 
     def all_sum(x: "mx.array", *, group: Any = None, stream: Any = None) -> "mx.array":
-        return on_any_stream(x, group=group, stream=None if stream == mx.cpu else stream)
+        is_cpu = isinstance(stream, mx.DeviceType) and stream == mx.cpu  # comparing it with None raises
+        return on_any_stream(x, group=group, stream=None if is_cpu else stream)
 
     mx.distributed.all_sum = all_sum
 

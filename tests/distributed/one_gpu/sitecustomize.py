@@ -1,0 +1,12 @@
+"""Let two ranks of NCCL share a GPU: each is told that it is alone on a host, and they exchange over loopback.
+
+NCCL refuses two ranks of one host on one GPU. Python imports this module at its start if its folder is in PYTHONPATH.
+"""
+
+import os
+
+_RANK = os.environ.get("MLX_RANK")
+
+if _RANK is not None:
+    os.environ["NCCL_HOSTID"] = f"rank {_RANK}"
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["SHARED_GPU"]
