@@ -169,13 +169,20 @@ def unknown_key(dotted: str, known: list[str], *, file: str, guesses: bool = Tru
         guesses: whether a similar key is searched for, which takes a millisecond.
     """
     parent, _, name = dotted.rpartition(".")
-    near = nearest(name, known) if guesses and len(name) <= _MAX_GUESSED else ""
+    near = _nearest(name, known) if guesses and len(name) <= _MAX_GUESSED else ""
     if near:
         return f"{file}: {dotted}: unknown key. Did you mean {parent + '.' if parent else ''}{near}?"
     return f"{file}: {_shortened(dotted)}: unknown key. Known here: {', '.join(sorted(known))}."
 
 
-def nearest(name: str, known: list[str]) -> str:
+def unknown_tables(table: dict[str, Any], struct: type[msgspec.Struct]) -> list[str]:
+    """Return the keys of tables that a struct has no field for, and none with a similar name."""
+    known = list(_fields_of(struct)[0])
+    tables = (key for key, value in table.items() if isinstance(value, dict) and key not in known)
+    return [key for key in tables if len(key) <= _MAX_GUESSED and not _nearest(key, known)]
+
+
+def _nearest(name: str, known: list[str]) -> str:
     """Return the known name that is most similar to a name; empty if none is similar."""
     import difflib
 
@@ -215,7 +222,7 @@ def _wrong_names(value: object, bare: Any) -> Iterator[tuple[int, Problem]]:
     if isinstance(value, list) and names and all(isinstance(name, str) for name in names):
         for number, entry in enumerate(value):
             if entry not in names:
-                near = nearest(entry, list(names)) if isinstance(entry, str) and len(entry) <= _MAX_GUESSED else ""
+                near = _nearest(entry, list(names)) if isinstance(entry, str) and len(entry) <= _MAX_GUESSED else ""
                 advice = f"Did you mean {toml_value(near)}?" if near else "Use one of them, or remove it."
                 yield number, Problem("", entry, f"expected {describe(item)}", advice)
 

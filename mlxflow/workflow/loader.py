@@ -10,7 +10,7 @@ import msgspec
 
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage import paths
-from mlxflow.storage.toml_tables import Problem, nearest, problem_message, read_struct, toml_value, unknown_key
+from mlxflow.storage.toml_tables import Problem, problem_message, read_struct, toml_value, unknown_key, unknown_tables
 from mlxflow.tracking.table import Tracking
 from mlxflow.workflow import stage, workflow_text
 from mlxflow.workflow.disk_queries import Disk
@@ -134,26 +134,14 @@ class _WorkflowLoader:
             variant = table.pop("name", None)
             if (variant is not None or key != name) and not self._check_name(key, name, variant, seen):
                 variant = None
-            if key == name:
-                table = self._without_named_tables(name, table)
+            for meant in unknown_tables(table, self.modules[name].Config) if key == name else ():
+                del table[meant]
+                advice = f"A variant is written as [[{name}]] with name = {toml_value(meant)}."
+                lines.append(f"{self.shown}: {name}.{meant}: unknown key. {advice}")
             config = read_struct(table, self.modules[name].Config, file=self.shown, key=key, lines=lines)
             if config is not None:
                 yield variant, key, config
         lines += [problem_message(problem, self.shown, key) for problem in problems]
-
-    def _without_named_tables(self, name: str, table: dict[str, Any]) -> dict[str, Any]:
-        """Return a stage's table without those such as [quantize.q4], which were meant as variants; a line for each."""
-        known = [field.encode_name for field in msgspec.structs.fields(self.modules[name].Config)]
-        meant = [
-            key
-            for key, value in table.items()
-            if isinstance(value, dict) and key not in known and re.fullmatch(stage.NAME_PATTERN, key)
-        ]
-        meant = [key for key in meant if not nearest(key, known)]
-        for key in meant:
-            advice = f"A variant is written as [[{name}]] with name = {toml_value(key)}."
-            self.mistakes[name].append(f"{self.shown}: {name}.{key}: unknown key. {advice}")
-        return {key: value for key, value in table.items() if key not in meant}
 
     def _check_name(self, key: str, table: str, variant: object, seen: dict[str, str]) -> bool:
         if variant is None:

@@ -1,4 +1,4 @@
-"""Let two ranks of NCCL share a GPU: each is told that it is alone on a host, and they exchange over loopback.
+"""Let two ranks of NCCL share a GPU: each has a host's name of its own, and they exchange over loopback.
 
 NCCL refuses two ranks of one host on one GPU. Python imports this module at its start if its folder is in PYTHONPATH.
 """
