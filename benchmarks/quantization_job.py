@@ -46,7 +46,7 @@ def _qat_settings(model: Any, **table: Any) -> Any:
 
     config = quantize.Config(method="qat", **table)
     settings = table_requests.written_settings(config, num_rows=1)
-    return suited(settings, model, learning_rate=config.learning_rate, trains_grids=False, refines=False)
+    return suited(settings, model, learning_rate=config.learning_rate, trains_grids=False, rate_share=1.0)
 
 
 class Job:

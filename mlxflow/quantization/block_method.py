@@ -56,7 +56,7 @@ class BlockRequest(NamedTuple):
 
 
 class BlockErrors(NamedTuple):
-    """How well a block gives the dense model's hidden states: squared errors relative to their squares.
+    """How well a block gives the dense model's hidden states, as `relative_error` says it.
 
     Attributes:
         path: of the block.

@@ -3,7 +3,8 @@
 Cheng et al. 2023 (SignRound, arXiv:2309.05516) and Chen et al. 2024 (Block-AP of EfficientQAT, arXiv:2407.11062): the
 block gets the hidden states that the quantized blocks before it give, and its target are those of the dense model, so
 it corrects their errors as well. The error of a token is relative to the size of its hidden state: norms remove the
-size, and a few tokens have states that are thousands of times larger.
+size, and a few tokens have states that are thousands of times larger. So have a few dimensions ("massive activations",
+Sun et al. 2024, arXiv:2402.17762), which would be nearly all of the error: these count by their own size.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +19,13 @@ from mlxflow.quantization.trained_grid import GridLayer, Trained
 
 # Adam's averages: short, since a block has few steps
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
+
+# Square of a hidden state, or a dimension of one, that is taken for zero
+_LEAST_SIZE = 1e-12
+
+# Medians of the mean squares of all dimensions that are added to that of each: dimensions of usual size count alike.
+# With 1 instead of 8 Gemma 3 270M lost less at 4 bits, SmolLM2 more
+_USUAL_SIZES = 8
 
 # Highest step of a position in units of the grid, and of a relative change of a scale or a bias
 _RATES = {"positions": 0.012, "stretch": 3e-3, "shift": 3e-3}
@@ -40,7 +48,7 @@ class TrainedBlock(NamedTuple):
 
     Attributes:
         trained: arrays by path of a layer within the block.
-        first_error: mean relative squared error of the outputs in the first steps.
+        first_error: mean `relative_error` of the outputs in the first steps.
         last_error: in the last steps.
     """
 
@@ -50,10 +58,22 @@ class TrainedBlock(NamedTuple):
 
 
 def relative_error(outputs: mx.array, targets: mx.array) -> mx.array:
-    """Return the squared error of each token by the square of its target, mean over the tokens, in fp32."""
+    """Return the squared error of each token by the square of its target, mean over the tokens, in fp32.
+
+    Each dimension is weighted by the inverse of its mean square over the tokens, to which eight times the median of all
+    is added: only dimensions far larger than others count less. Outputs that are wrong by one factor, such as 1.1, have
+    the same error as without weights, 0.01.
+
+    Args:
+        outputs: (B, L, D).
+        targets: (B, L, D).
+    """
     outputs, targets = outputs.astype(mx.float32), targets.astype(mx.float32)
-    sizes = mx.maximum(targets.square().sum(axis=-1), 1e-12)
-    return ((outputs - targets).square().sum(axis=-1) / sizes).mean()
+    sizes = mx.maximum(targets.square().mean(axis=-1, keepdims=True), _LEAST_SIZE)
+    of_dimensions = (targets.square() / sizes).reshape(-1, targets.shape[-1]).mean(axis=0)
+    weights = 1 / mx.maximum(of_dimensions + _USUAL_SIZES * mx.median(of_dimensions), _LEAST_SIZE)
+    weights = weights / mx.maximum((weights * of_dimensions).sum(), _LEAST_SIZE)
+    return ((outputs - targets).square() / sizes * weights).sum(axis=-1).mean()
 
 
 def train_block(

@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 17  # the scales of an embedding that is also the head are trained at a lower rate
+VERSION = 18  # blocks are trained on an error by dimension, and scales of 4 bits at a lower rate
 
 LATER_KEYS = {"num_epochs": "auto"}
 

@@ -15,6 +15,7 @@ from mlxflow.models import model_folder
 from mlxflow.quantization.apply import apply_plan
 from mlxflow.quantization.block_calls import record_blocks
 from mlxflow.quantization.block_method import BlockRequest, LearnedBlocks, learn_blocks
+from mlxflow.quantization.block_training import relative_error
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.settings import Setting
 from tests.conftest import REPOSITORY, rest_in_matrix
@@ -86,7 +87,7 @@ def test_the_reported_error_is_that_of_the_stored_weights(tmp_path: Path) -> Non
         for call, block in zip(recorded.calls, model.layers, strict=True):
             hidden = call(block, hidden)
         outputs.append(hidden)
-    error = ((outputs[1] - outputs[0]).square().sum(-1) / outputs[0].square().sum(-1)).mean()
+    error = relative_error(outputs[1], outputs[0])
     assert made.errors[-1].output == pytest.approx(float(error), rel=1e-4)
 
 

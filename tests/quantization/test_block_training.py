@@ -72,6 +72,17 @@ def test_the_error_of_a_token_is_relative_to_its_size() -> None:
     assert float(relative_error(targets * 1.1, targets)) == pytest.approx(0.01, rel=1e-4)
 
 
+def test_only_dimensions_far_larger_than_others_count_less() -> None:
+    signs = np.random.default_rng(0).choice([-1, 1], (2, 64, 8))
+    targets = mx.array((signs * [1000.0, 2, *[1] * 6]).astype(np.float32))
+    assert float(relative_error(targets, targets)) == 0.0
+    wrong = {place: targets * mx.array([1.1 if place == one else 1.0 for one in range(8)]) for place in range(8)}
+    errors = {place: float(relative_error(one, targets)) for place, one in wrong.items()}
+    assert errors[1] / errors[2] == pytest.approx(4 * 9 / 12, rel=1e-3)  # by its square, over itself and 8 medians
+    assert errors[0] / errors[2] == pytest.approx(9, rel=1e-3)
+    assert np.isfinite(float(relative_error(mx.ones((1, 2, 4)), mx.zeros((1, 2, 4)))))
+
+
 def test_training_holds_24_bytes_a_weight() -> None:
     setting, count = Setting("affine", 4, 64), 12
     block = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(count)])

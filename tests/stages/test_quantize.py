@@ -323,9 +323,26 @@ def test_a_tuning_of_other_settings_is_not_used(job: Job, capsys: pytest.Capture
 def test_qat_of_few_steps_uses_a_lower_learning_rate(table: dict[str, Any], rate: float) -> None:
     written, model = written_settings(Config(method="qat", **table), 64), nn.Linear(4, 4)
     suit = functools.partial(suited, written, model, trains_grids=False)
-    assert suit(learning_rate="auto", refines=False).learning_rate == pytest.approx(rate)
-    assert suit(learning_rate="auto", refines=True).learning_rate == pytest.approx(rate / 8)
-    assert suit(learning_rate=0.1, refines=True).learning_rate == 0.1
+    assert suit(learning_rate="auto", rate_share=1.0).learning_rate == pytest.approx(rate)
+    assert suit(learning_rate="auto", rate_share=0.125).learning_rate == pytest.approx(rate / 8)
+    assert suit(learning_rate=0.1, rate_share=0.125).learning_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("table", "rate"),
+    [
+        ({"training": "scales", "distill": True, "bits": 4}, 5e-4),
+        ({"training": "scales", "distill": True, "bits": 3}, 2e-3),
+        ({"training": "scales", "bits": 4}, 2e-3),
+        ({"training": "scales", "distill": True, "bits": 8}, 2.5e-4),
+        ({"training": "scales", "distill": True, "mode": "nvfp4"}, 2e-3),
+    ],
+)
+def test_scales_of_4_bits_are_distilled_at_a_lower_rate(job: Job, table: dict[str, Any], rate: float) -> None:
+    group_size = 16 if "mode" in table else 32
+    job.run(method="qat", num_steps=2, batch_size=4, group_size=group_size, **table)
+    lines = [json.loads(line) for line in (job.artifact / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["learning_rate"] for line in lines if line["kind"] == "train") == pytest.approx(rate)
 
 
 def test_an_infinite_qat_loss_names_the_key_of_quantize(job: Job) -> None:

@@ -65,7 +65,8 @@ class BlockFigures(ReportTable, frozen=True, kw_only=True):
 
     Attributes:
         path: of the block.
-        error_before_training: squared error of its outputs by their square, in the first updates.
+        error_before_training: squared error of its outputs by their square, in the first updates; dimensions far larger
+            than others count less.
         error_after_training: the same in the last ones.
         error: the same on all calibration rows, with the stored weights.
     """
