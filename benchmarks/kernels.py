@@ -177,9 +177,10 @@ def _first_starts() -> None:
 
 def _verifications(results: Path) -> None:
     """Print the seconds that verifying the kernels in a cache takes, with its process ready and from its start."""
-    from mlxflow.kernels import cache, early_start, verifier_process
+    from mlxflow.kernels import early_start, verifier_process
+    from mlxflow.storage import cache_files
 
-    (verified,) = cache.read_table(results).values()
+    (verified,) = cache_files.read_table(results).values()
     rows = []
     for _ in range(5):
         row = {}

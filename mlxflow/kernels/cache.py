@@ -1,54 +1,15 @@
-"""Cache files in the user's cache folder: a digest, then the payload, so that a damaged file counts as empty.
-
-A file that cannot be written is ignored: its content is computed again next time. Of two processes that write at once
-one may lose its entries; the file stays whole.
-"""
+"""What is known of layers from earlier processes, in the user's cache folder."""
 
 import hashlib
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxflow.storage import atomic_folders
+from mlxflow.storage.cache_files import read_table, write_table
 from mlxflow.storage.locks import device_lock
-
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 # Layer detections kept; the oldest, of versions long gone, are dropped first
 _MAX_LAYERS = 4096
-
-
-def read_payload(path: Path) -> bytes | None:
-    """Return the payload of a cache file; None if it is missing or damaged."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    digest, payload = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    return payload if hashlib.sha256(payload).digest() == digest else None
-
-
-def write_payload(path: Path, payload: bytes) -> None:
-    """Write a cache file atomically; ignore errors of writing."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_folders.write_whole(path, hashlib.sha256(payload).digest() + payload)
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a cache file; an empty one if the file is missing, damaged or holds something else."""
-    try:
-        table = json.loads(read_payload(path) or b"{}")
-    except ValueError:
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
-def write_table(path: Path, table: Mapping[str, Any]) -> None:
-    """Write a JSON object to a cache file; ignore errors of writing."""
-    write_payload(path, json.dumps(dict(table), indent=1).encode())
 
 
 def layers_file() -> Path:

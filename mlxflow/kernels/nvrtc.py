@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mlxflow.device import child_processes
-from mlxflow.kernels import cache
+from mlxflow.storage import cache_files
 from mlxflow.storage.locks import device_lock
 
 _VERSIONS = ("13", "12")
@@ -53,12 +53,12 @@ def compiled(text: str) -> bytes | None:
 
 def _load_or_compile(library: Any, text: str, architecture: str) -> bytes | None:
     path = _cache_path(library, text, architecture)
-    code = cache.read_payload(path)
+    code = cache_files.read_payload(path)
     if code is not None:
         return code
     code = compile_for(library, text, architecture)
     if code is not None:
-        cache.write_payload(path, code)
+        cache_files.write_payload(path, code)
     return code
 
 
@@ -94,7 +94,7 @@ def compiling_at_once(texts: Iterable[str]) -> Iterator[None]:
         missing = [
             text
             for text in dict.fromkeys(texts)
-            if cache.read_payload(_cache_path(library, text, architecture)) is None
+            if cache_files.read_payload(_cache_path(library, text, architecture)) is None
         ]
     workers = min(len(missing), os.cpu_count() or 1)
     started = []

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlxflow.kernels import cache
 from mlxflow.kernels.codegen import language
 from mlxflow.kernels.early_start import COMMAND, WAITING, EarlyVerifier, cache_file, lock_file
 from mlxflow.kernels.fingerprint import environment
 from mlxflow.kernels.verifier_process import Verification, VerificationResult, Verifier
 from mlxflow.messages import terminal
+from mlxflow.storage import cache_files
 from mlxflow.storage.locks import hold
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _verify(
 
 def known_results(place: str) -> dict[str, VerificationResult]:
     """Return the cached results for an environment."""
-    entries = cache.read_table(cache_file()).get(place, {})
+    entries = cache_files.read_table(cache_file()).get(place, {})
     results = {}
     for name, entry in entries.items() if isinstance(entries, dict) else ():
         try:
@@ -194,4 +194,4 @@ def known_results(place: str) -> dict[str, VerificationResult]:
 def keep_results(place: str, results: Mapping[str, VerificationResult]) -> None:
     """Cache the results for an environment that hold for later runs, beside those of other environments."""
     entries = {name: result._asdict() for name, result in sorted(results.items()) if result.holds}
-    cache.write_table(cache_file(), cache.read_table(cache_file()) | {place: entries})
+    cache_files.write_table(cache_file(), cache_files.read_table(cache_file()) | {place: entries})

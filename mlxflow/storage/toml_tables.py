@@ -175,11 +175,29 @@ def unknown_key(dotted: str, known: list[str], *, file: str, guesses: bool = Tru
     return f"{file}: {_shortened(dotted)}: unknown key. Known here: {', '.join(sorted(known))}."
 
 
-def unknown_tables(table: dict[str, Any], struct: type[msgspec.Struct]) -> list[str]:
-    """Return the keys of tables that a struct has no field for, and none with a similar name."""
+def take_variants(
+    table: dict[str, Any], struct: type[msgspec.Struct], *, file: str, key: str, lines: list[str]
+) -> None:
+    """Remove the tables that were meant as variants, such as [quantize.q4], and append a line for each.
+
+    These are the ones that the struct has no field for, nor one with a similar name.
+
+    Args:
+        table: of a stage, as parsed; changed.
+        struct: of the stage.
+        file: the file's name.
+        key: of the table.
+        lines: messages are appended here.
+    """
     known = list(_fields_of(struct)[0])
-    tables = (key for key, value in table.items() if isinstance(value, dict) and key not in known)
-    return [key for key in tables if len(key) <= _MAX_GUESSED and not _nearest(key, known)]
+    tables = [one for one, value in table.items() if isinstance(value, dict) and one not in known]
+    for one in (one for one in tables if len(one) <= _MAX_GUESSED and not _nearest(one, known)):
+        del table[one]
+        lines.append(_variant_line(key, one, file))
+
+
+def _variant_line(table: str, key: str, file: str) -> str:
+    return f"{file}: {table}.{key}: unknown key. A variant is written as [[{table}]] with name = {toml_value(key)}."
 
 
 def _nearest(name: str, known: list[str]) -> str:

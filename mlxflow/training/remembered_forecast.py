@@ -19,9 +19,8 @@ from mlxflow.data.token_file import Rows
 from mlxflow.device import compute_device
 from mlxflow.distributed.code_digest import code_digest
 from mlxflow.distributed.team import of_this_process
-from mlxflow.kernels import cache
-from mlxflow.kernels.layer_signature import plain_values
 from mlxflow.kernels.model_kernels import ModelKernels
+from mlxflow.storage import cache_files
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.locks import device_lock
 from mlxflow.training import build
@@ -52,6 +51,9 @@ _OTHER_SETTINGS = frozenset(
     }
 )
 
+# Values of a layer that are described by their text
+_PLAIN = (int, float, str, bool, tuple, type(None))
+
 # Packages whose layers are the same as long as their version is, or the digest of this package
 _KNOWN_PACKAGES = ("mlx", "mlx_lm", "mlxflow")
 
@@ -73,12 +75,12 @@ def remembered_forecast(subject: build.Subject, kernels: ModelKernels, rows: Row
     if key is None:
         return forecast_memory(subject, kernels, rows)
     file = device_lock().with_name("forecasts.json")
-    found = cache.read_table(file).get(key)
+    found = cache_files.read_table(file).get(key)
     if isinstance(found, list) and len(found) == len(MemoryForecast._fields):
         return MemoryForecast(*found)
     made = forecast_memory(subject, kernels, rows)
-    entries = {name: value for name, value in cache.read_table(file).items() if name != key} | {key: list(made)}
-    cache.write_table(file, dict(list(entries.items())[-_MOST:]))
+    entries = {name: value for name, value in cache_files.read_table(file).items() if name != key} | {key: list(made)}
+    cache_files.write_table(file, dict(list(entries.items())[-_MOST:]))
     return made
 
 
@@ -110,8 +112,11 @@ def _key(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> str | Non
 def _described(module: nn.Module) -> Iterator[Any]:
     """Yield the class of a layer, the numbers, texts and settings it holds, and the shapes of its own arrays."""
     yield f"{type(module).__module__}.{type(module).__qualname__}"
-    yield sorted((name, repr(value)) for name, value in plain_values(module).items())
-    yield sorted((name, repr(value)) for name, value in vars(module).items() if dataclasses.is_dataclass(value))
+    yield sorted(
+        (name, repr(value))
+        for name, value in vars(module).items()
+        if isinstance(value, _PLAIN) or dataclasses.is_dataclass(value)
+    )
     for name, value in module.items():
         if not isinstance(value, nn.Module):
             leaves = tree_flatten({name: value}, is_leaf=lambda one: isinstance(one, nn.Module))

@@ -10,7 +10,7 @@ import msgspec
 
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage import paths
-from mlxflow.storage.toml_tables import Problem, problem_message, read_struct, toml_value, unknown_key, unknown_tables
+from mlxflow.storage.toml_tables import Problem, problem_message, read_struct, take_variants, toml_value, unknown_key
 from mlxflow.tracking.table import Tracking
 from mlxflow.workflow import stage, workflow_text
 from mlxflow.workflow.disk_queries import Disk
@@ -134,10 +134,8 @@ class _WorkflowLoader:
             variant = table.pop("name", None)
             if (variant is not None or key != name) and not self._check_name(key, name, variant, seen):
                 variant = None
-            for meant in unknown_tables(table, self.modules[name].Config) if key == name else ():
-                del table[meant]
-                advice = f"A variant is written as [[{name}]] with name = {toml_value(meant)}."
-                lines.append(f"{self.shown}: {name}.{meant}: unknown key. {advice}")
+            if key == name:
+                take_variants(table, self.modules[name].Config, file=self.shown, key=key, lines=lines)
             config = read_struct(table, self.modules[name].Config, file=self.shown, key=key, lines=lines)
             if config is not None:
                 yield variant, key, config

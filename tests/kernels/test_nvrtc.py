@@ -10,10 +10,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.kernels import cache, codegen, model_kernels, nvrtc, verification
+from mlxflow.kernels import codegen, model_kernels, nvrtc, verification
 from mlxflow.kernels.model_kernels import TrainingTraits
 from mlxflow.kernels.verification_cases import case_of
 from mlxflow.ops.overrides import OperationOverrides
+from mlxflow.storage import cache_files
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import make_optimizer
 from mlxflow.training.step import Step
@@ -130,13 +131,13 @@ def test_a_compiled_program_is_cached_unless_its_file_is_damaged(
     launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
 ) -> None:
     code = _program(launched)
-    kept = next(path for path in (tmp_path / "mlxflow/kernels").iterdir() if cache.read_payload(path) == code)
+    kept = next(path for path in (tmp_path / "mlxflow/kernels").iterdir() if cache_files.read_payload(path) == code)
     with monkeypatch.context() as patch:
         patch.setattr(nvrtc, "compile_for", lambda *_: pytest.fail("it was compiled again"))
         assert _program(launched) == code
     kept.write_bytes(spoil(kept.read_bytes()))
     assert _program(launched) == code
-    assert cache.read_payload(kept) == code
+    assert cache_files.read_payload(kept) == code
 
 
 def test_without_a_cache_folder_programs_are_compiled_each_time(

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.kernels import cache, registry, verifier_process
+from mlxflow.kernels import registry, verifier_process
 from mlxflow.kernels.early_start import cache_file
 from mlxflow.kernels.verifier_process import Verifier
+from mlxflow.storage import cache_files
 from tests.conftest import REPOSITORY
 
 _GOOD = 'print(\'begin \' + NAME); print(\'{"name": "\' + NAME + \'", "passed": true, "reason": ""}\', flush=True)'
@@ -111,7 +112,7 @@ def read_only_cache() -> Iterator[Path]:
     room = Path(tempfile.mkdtemp())
     (room / "mlxflow").mkdir()
     kept = {"here": {"a": {"passed": False, "reason": "it was slow"}}}
-    cache.write_table(room / "mlxflow" / "kernels.json", kept)
+    cache_files.write_table(room / "mlxflow" / "kernels.json", kept)
     for folder in (room / "mlxflow", room):
         folder.chmod(0o555)
     user = os.geteuid()

@@ -27,7 +27,9 @@ KINDS = {
 _PROBLEMS = ("Problem", "_note", "_note_missing", "Mistake")
 
 # Functions that return a message
-_MAKERS = dict.fromkeys(("unknown_key", "_toml_error_message", "word_unplanned"), KINDS["WorkflowError"])
+_MAKERS = dict.fromkeys(
+    ("unknown_key", "_variant_line", "_toml_error_message", "word_unplanned"), KINDS["WorkflowError"]
+)
 
 # How often a name is replaced by what was assigned to it
 _MAX_DEPTH = 3
