@@ -186,7 +186,7 @@ def take_variants(
         table: of a stage, as parsed; changed.
         struct: of the stage.
         file: the file's name.
-        key: of the table.
+        key: of the table; its first name is that of the stage, which may have an index behind it.
         lines: messages are appended here.
     """
     known = list(_fields_of(struct)[0])
@@ -197,7 +197,8 @@ def take_variants(
 
 
 def _variant_line(table: str, key: str, file: str) -> str:
-    return f"{file}: {table}.{key}: unknown key. A variant is written as [[{table}]] with name = {toml_value(key)}."
+    stage = table.partition("[")[0]
+    return f"{file}: {table}.{key}: unknown key. A variant is written as [[{stage}]] with name = {toml_value(key)}."
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -134,8 +134,7 @@ class _WorkflowLoader:
             variant = table.pop("name", None)
             if (variant is not None or key != name) and not self._check_name(key, name, variant, seen):
                 variant = None
-            if key == name:
-                take_variants(table, self.modules[name].Config, file=self.shown, key=key, lines=lines)
+            take_variants(table, self.modules[name].Config, file=self.shown, key=key, lines=lines)
             config = read_struct(table, self.modules[name].Config, file=self.shown, key=key, lines=lines)
             if config is not None:
                 yield variant, key, config

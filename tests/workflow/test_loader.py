@@ -58,6 +58,8 @@ ONE_MISTAKE = {
     "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
     "[quantize.q4]\nbits = 4": "workflow.toml: quantize.q4: unknown key. "
     'A variant is written as [[quantize]] with name = "q4".',
+    '[[quantize]]\nname = "a"\n[quantize.q4]\nbits = 4': "workflow.toml: quantize[0].q4: unknown key. "
+    'A variant is written as [[quantize]] with name = "q4".',
     "[train.lra]\nrank = 4": "workflow.toml: train.lra: unknown key. Did you mean train.lora?",
     "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: adjust_every, batch_size, betas, "
     "checkpointing, constant_tokens_per_step, decay_steps, deterministic, document_mask, dynamic_batch_size, "
