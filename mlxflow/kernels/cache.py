@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxflow.storage.cache_files import read_table, write_table
+from mlxflow.storage.cache_files import add_entries, read_table
 from mlxflow.storage.locks import device_lock
 
 # Layer detections kept; the oldest, of versions long gone, are dropped first
@@ -33,5 +33,4 @@ def add_layers(entries: Mapping[str, Any]) -> None:
     Args:
         entries: JSON values by `key_of`.
     """
-    entries_to_write = {key: value for key, value in read_layers().items() if key not in entries} | dict(entries)
-    write_table(layers_file(), dict(list(entries_to_write.items())[-_MAX_LAYERS:]))
+    add_entries(layers_file(), entries, most=_MAX_LAYERS)

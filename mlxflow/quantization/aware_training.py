@@ -127,7 +127,7 @@ def _rate_share(request: AwareTraining, layers: Mapping[str, Setting]) -> float:
     bits = min(setting.bits for setting in layers.values()) if request.distills else 0
     if bits >= _FINE_BITS:
         return _FINE_SHARE
-    # the scales of floating-point modes are stored with 3 bits: a lower rate would move few of them at all
+    # the scales of floating-point modes have 3 bits of mantissa at most: a lower rate would move few of them at all
     is_fine = request.trains == "scales" and not any(map(is_float, layers.values()))
     return _SCALES_SHARE if bits >= _SCALES_BITS and is_fine else 1.0
 

@@ -45,3 +45,9 @@ def read_table(path: Path) -> dict[str, Any]:
 def write_table(path: Path, table: Mapping[str, Any]) -> None:
     """Write a JSON object to a cache file; ignore errors of writing."""
     write_payload(path, json.dumps(dict(table), indent=1).encode())
+
+
+def add_entries(path: Path, entries: Mapping[str, Any], *, most: int) -> None:
+    """Add entries to the JSON object of a cache file as the newest; the oldest of more than `most` are dropped."""
+    kept = {key: value for key, value in read_table(path).items() if key not in entries}
+    write_table(path, dict([*kept.items(), *entries.items()][-most:]))

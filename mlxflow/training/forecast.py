@@ -8,9 +8,9 @@ that grows with the square of the length is underestimated. An update does not g
 padding, which most passes of a training leave out: their time is that of the positions they compute.
 
 Seconds to the end are those of the start, of opening the model and the one that was written, of the first step's trace,
-of all steps, and of all validations; some rows are validated to know them. Kernels that are verified here, and
-operations that are compiled here, are kept for the training that follows, and their time is not counted. Checkpoints
-and the model folder take what a sample of their bytes does.
+of all steps, and of all validations; some rows are validated to know them. Kernels that are verified here, operations
+that are compiled here and the predicted memory are kept for the training that follows, and their time is not counted.
+Checkpoints and the model folder take what a sample of their bytes does.
 """
 
 import os
@@ -31,7 +31,8 @@ from mlxflow.training import build, job, kernel_selection
 from mlxflow.training.checkpointing_choice import choose_checkpointing
 from mlxflow.training.lora_config import decide_fuse
 from mlxflow.training.memory_advice import memory_advice
-from mlxflow.training.memory_forecast import MemoryForecast, forecast_memory
+from mlxflow.training.memory_forecast import MemoryForecast
+from mlxflow.training.remembered_forecast import remembered_forecast
 from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.step_trials import StepTrial, part_of, try_step
 from mlxflow.training.writing_forecast import writing_seconds, written_bytes
@@ -122,8 +123,11 @@ def forecast(
     count = rows.num_rows * (rows.tokens.shape[1] - 1)
     chosen = time.perf_counter()
     traced = _traced(subject, kernels, rows)
-    ready = chosen if request.picks_checkpointing else time.perf_counter()  # such a training predicts no memory
-    started = Seconds(before_seconds, opening, selecting + ready - choosing, 0, 0, settings.num_steps, 0, 0)
+    begin = time.perf_counter()
+    if not request.picks_checkpointing:  # as the training does, which then reads what is remembered, if it can be
+        _traced(subject, kernels, rows)
+    selecting += chosen - choosing + time.perf_counter() - begin
+    started = Seconds(before_seconds, opening, selecting, 0, 0, settings.num_steps, 0, 0)
     in_validation = traced is not None and traced.is_of_validation
     advice = memory_advice(settings, subject.names, rows=rows.num_rows, in_validation=in_validation)
     fits = traced is not None and traced.least_bytes <= context.memory_limit_bytes
@@ -244,7 +248,7 @@ def _validation_seconds(subject: build.Subject, kernels: ModelKernels, rows: Row
 def _traced(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> MemoryForecast | None:
     """Return the predicted peak; None if the model uses what MLX cannot export."""
     try:
-        return forecast_memory(subject, kernels, rows)
+        return remembered_forecast(subject, kernels, rows)
     except (ValueError, RuntimeError):
         return None
 

@@ -79,8 +79,7 @@ def remembered_forecast(subject: build.Subject, kernels: ModelKernels, rows: Row
     if isinstance(found, list) and len(found) == len(MemoryForecast._fields):
         return MemoryForecast(*found)
     made = forecast_memory(subject, kernels, rows)
-    entries = {name: value for name, value in cache_files.read_table(file).items() if name != key} | {key: list(made)}
-    cache_files.write_table(file, dict(list(entries.items())[-_MOST:]))
+    cache_files.add_entries(file, {key: list(made)}, most=_MOST)
     return made
 
 
@@ -91,12 +90,12 @@ def _key(subject: build.Subject, kernels: ModelKernels, rows: Rows) -> str | Non
     if subject.make_objective or any(kind.__module__.partition(".")[0] not in _KNOWN_PACKAGES for kind in kinds):
         return None
     settings = {name: value for name, value in subject.settings.table().items() if name not in _OTHER_SETTINGS}
-    trained = {name for name, _ in tree_flatten(subject.model.trainable_parameters())}
+    trained = sorted(name for name, _ in tree_flatten(subject.model.trainable_parameters()))
     on_gpu = mx.default_device() != mx.cpu
     return digest_json(
         {
             "layers": {path: list(_described(module)) for path, module in modules.items()},
-            "trained": sorted(trained),
+            "trained": trained,
             "settings": settings,
             "sizes": [subject.vocab_size, subject.context_length, subject.has_head, *rows.tokens.shape],
             "kernels": [kernels.selected, kernels.uses_loss_kernel, kernels.keeps_mlx_attention],

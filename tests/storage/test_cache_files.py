@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.storage.cache_files import read_payload, read_table, write_payload, write_table
+from mlxflow.storage.cache_files import add_entries, read_payload, read_table, write_payload, write_table
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -33,3 +33,10 @@ def test_an_error_of_writing_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     write_table(tmp_path / "file" / "table.json", {"a": 1})
     assert (tmp_path / "file").read_text() == "no folder"
+
+
+def test_the_oldest_entries_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    for number in (1, 2, 3, 1, 4):
+        add_entries(file, {str(number): number}, most=3)
+    assert list(read_table(file)) == ["3", "1", "4"]

@@ -93,7 +93,7 @@ def _foreseen(
     subject = _Stand(settings=settings, model=None, names=SettingNames("train"))
     monkeypatch.setattr(job, "prepare", lambda *_, on_open: (on_open(), subject, None))
     monkeypatch.setattr(kernel_selection, "select_kernels", lambda *_: None)
-    monkeypatch.setattr(forecast, "forecast_memory", forecast_memory)
+    monkeypatch.setattr(forecast, "remembered_forecast", forecast_memory)
     monkeypatch.setattr(forecast, "try_step", try_step)
     monkeypatch.setattr(forecast, "_validation_seconds", lambda *_: 5.0)
     monkeypatch.setattr(forecast, "_writing_seconds", lambda *_: 7.0)
@@ -182,3 +182,19 @@ def test_what_a_trial_compiles_is_not_counted_for_the_training_that_follows(monk
         first.append(foreseen().seconds.first_step)
         assert trials == ([8, 8] if compiles else [8])
     assert first == [2.0, 60.0]
+
+
+def test_a_prediction_that_the_training_will_read_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, clock, made = Rows(np.zeros((16, 5), np.int32), np.full((16, 5), 3, np.uint8)), [0.0], [50.0, 0.5]
+
+    def predict(*_: Any) -> MemoryForecast:
+        clock[0] += made.pop(0)
+        return MemoryForecast(900, 32)
+
+    def try_step(_subject: Any, _kernels: Any, some: Rows, **_: Any) -> StepTrial:
+        return StepTrial(4 * some.num_rows, 100, 50, 3.0, 1.0, first_seconds=2.0)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    foreseen = _foreseen(monkeypatch, TrainingSettings(batch_size=8, warmup_steps=0), rows, try_step, predict)
+    assert foreseen().seconds.choosing == 0.5
+    assert not made
