@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlxflow.messages.errors import ArtifactError
+from mlxflow.ops import compiled_numbers
 
 #: Takes the number of the update, from 0, and returns the learning rate, a scalar.
 Schedule = Callable[[mx.array], mx.array]
@@ -34,16 +35,24 @@ def make_schedule(
     length = max(1, num_steps - begin)
 
     def schedule(step: mx.array) -> mx.array:
+        highest, final, fall, begin_at, decay, warmup, rise = compiled_numbers.as_arrays(
+            learning_rate,
+            final_learning_rate,
+            learning_rate - final_learning_rate,
+            begin,
+            length,
+            warmup_steps,
+            warmup_steps + 1,
+        )
         at = step.astype(mx.float32)
-        done = mx.clip((at - begin) / length, 0.0, 1.0)
+        done = mx.clip((at - begin_at) / decay, 0.0, 1.0)
         if name == "constant":
             left = mx.array(1.0)
         elif name == "cosine":
             left = 0.5 * (1 + mx.cos(mx.pi * done))
         else:
             left = 1 - done
-        rate = final_learning_rate + (learning_rate - final_learning_rate) * left
-        return mx.where(at < warmup_steps, learning_rate * (at + 1) / (warmup_steps + 1), rate)
+        return mx.where(at < warmup, highest * (at + 1) / rise, final + fall * left)
 
     return schedule
 

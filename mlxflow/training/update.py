@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxflow.distributed.team import SOLO, Team
 from mlxflow.messages.errors import UserError
+from mlxflow.ops import compiled_numbers
 from mlxflow.training.flat_parameters import FlatLayout, is_split, sum_of_squares
 from mlxflow.training.optimizer_shards import OptimizerShards
 from mlxflow.training.sharded_layers import ShardedLayers
@@ -147,7 +148,8 @@ class Update:
         norm, scale = mx.array(0.0), 1 / count
         if self._max_grad_norm:
             norm = mx.sqrt(_sum(self._all_squares(gradients))) / count
-            scale = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0) / count
+            (most,) = compiled_numbers.as_arrays(self._max_grad_norm)
+            scale = mx.minimum(most / (norm + 1e-6), 1.0) / count
         is_finite = mx.isfinite(loss) & mx.isfinite(norm)
         if self.shards is not None:
             gradients = self.shards.own(gradients)
