@@ -24,7 +24,7 @@ from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.start_grid import StartGrid
 from mlxflow.report.stage_reports.quantize import TeacherFigures
 from mlxflow.storage.run_context import Context, derive_seed
-from mlxflow.training import adapters, build, kernel_selection, objective, run
+from mlxflow.training import adapters, build, kernel_selection, objective, output_head, run
 from mlxflow.training.figures import TrainingFigures, TrainingRun
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
@@ -291,7 +291,8 @@ def _with_teacher(subject: build.Subject, taught: TaughtRows | None, dense: Path
     """Return a subject with the loss of distillation, from cached distributions or else from the dense model."""
     masks = subject.settings.masks_documents
     if taught is not None:
-        listed = distilling_objective(masks_documents=masks)
+        head = output_head.find_head(subject.model, subject.vocab_size)
+        listed = distilling_objective(masks_documents=masks, head=head)
         return subject._replace(make_objective=lambda uses_kernel: listed)
     whole = objective.distilling_objective(_open_teacher(dense), masks_documents=masks)
     return subject._replace(make_objective=lambda uses_kernel: whole)

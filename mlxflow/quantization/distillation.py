@@ -1,6 +1,7 @@
 """Rows for training with the dense model's cached distributions, and the loss of a model on them."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,10 +17,12 @@ from mlxflow.models.fp32_on_cpu import computed_dtype, loading_in_fp32_on_cpu
 from mlxflow.ops import document_mask
 from mlxflow.quantization import teacher_logits
 from mlxflow.quantization.dense_model import DenseModel, identity_of
-from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_losses
+from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_losses, losses_and_gradient
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.run_context import Context, derive_seed
+from mlxflow.training.loss import linear_losses
 from mlxflow.training.objective import Objective
+from mlxflow.training.output_head import Head
 
 #: The folder of the dense model's distributions in the state folder.
 FOLDER = "teachers"
@@ -105,16 +108,44 @@ def taught_rows(
     return TaughtRows(rows._replace(extras=teacher.arrays), teacher)
 
 
-def distilling_objective(*, masks_documents: bool) -> Objective:
+def distilling_objective(*, masks_documents: bool, head: Head | None = None) -> Objective:
     """Return the objective of `taught_rows`: the divergence from the teacher at the target positions.
 
     Args:
         masks_documents: no token attends to another document in its row.
+        head: of the model: logits are computed for some positions at a time; None to hold those of all positions.
     """
 
     def objective(model: nn.Module, tokens: mx.array, marks: mx.array, *teacher: mx.array) -> tuple[mx.array, mx.array]:
         weights = (marks[:, 1:] & 1).astype(mx.float32)
-        logits = document_mask.apply(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
-        return (distillation_losses(logits, *teacher) * weights).sum(), weights.sum()
+        pieces = marks[:, :-1] if masks_documents else None
+        if head is None:
+            logits = document_mask.apply(model, tokens[:, :-1], pieces)
+            return (distillation_losses(logits, *teacher) * weights).sum(), weights.sum()
+        hidden = document_mask.apply_body(model, tokens[:, :-1], pieces)
+        return losses_of_hidden(model, head, hidden, teacher, weights), weights.sum()
 
     return objective
+
+
+def losses_of_hidden(
+    model: nn.Module, head: Head, hidden: mx.array, teacher: Sequence[mx.array], weights: mx.array
+) -> mx.array:
+    """Return the weighted sum of the divergences from the teacher, a scalar; holds the logits of some positions.
+
+    Args:
+        model: the student.
+        head: of the student.
+        hidden: states that the head takes, (B, L, D).
+        teacher: ids, log-probabilities and those of the rest, of the same positions.
+        weights: of the positions in the sum, (B, L), in fp32.
+    """
+    weight = head.weight(model, hidden.dtype)
+    return linear_losses(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        [one.reshape(-1, *one.shape[2:]) for one in (*teacher, weights)],
+        losses_and_gradient,
+        chunk_rows=teacher_logits.positions_in_loss(weight.shape[0]),
+        trains_weight=head.is_trained(model),
+    )

@@ -14,12 +14,15 @@ import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 from numpy.typing import NDArray
 
+from mlxflow.ops import document_mask
 from mlxflow.quantization.codec import Packed
+from mlxflow.quantization.distillation import losses_of_hidden
 from mlxflow.quantization.grid_training import rate_shares
 from mlxflow.quantization.mlx_lm_patches import dense_products, recomputing_blocks
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.teacher_logits import TeacherLogits, distillation_losses
 from mlxflow.quantization.tuning_saves import TuningSaves
+from mlxflow.training.output_head import find_head
 
 # Adam's averages: short, since there are few steps
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
@@ -68,7 +71,7 @@ def tune_scales(
         seed: of the order of the rows.
         saves: of the state; the tuning continues from that of an interrupted run.
     """
-    grids = _Grids(student, plan)
+    grids = _Grids(student, plan, int(tokens.max()) + 1)
 
     def step(state: _TuningState, batch: tuple[mx.array, ...], number: mx.array) -> tuple[mx.array, _TuningState]:
         arrays, means, squares = state
@@ -121,9 +124,10 @@ def _unflattened(arrays: Mapping[str, mx.array]) -> _TuningState:
 class _Grids:
     """The scales and biases of a quantized model that are trained: `begin`, and the `units` of their steps, by name."""
 
-    def __init__(self, student: nn.Module, plan: Mapping[str, Setting]) -> None:
+    def __init__(self, student: nn.Module, plan: Mapping[str, Setting], vocab_size: int) -> None:
         self._student, self._plan = student, plan
         self._modules = dict(student.named_modules())
+        self._head = find_head(student, vocab_size)
         student.freeze()  # a recomputed block has gradients of what is trained alone
         self.begin: dict[str, mx.array] = {}
         self.units: dict[str, mx.array] = {}
@@ -147,6 +151,9 @@ class _Grids:
     def loss(self, arrays: dict[str, mx.array], x: mx.array, *teacher: mx.array) -> mx.array:
         """Return the distillation loss of the model with some scales and biases."""
         self.put(arrays)
+        if self._head is not None:
+            hidden = document_mask.apply_body(self._student, x, None)
+            return losses_of_hidden(self._student, self._head, hidden, teacher, mx.ones(x.shape)) / x.size
         return distillation_losses(self._student(x), *teacher).mean()
 
     def packed(self) -> dict[str, Packed]:

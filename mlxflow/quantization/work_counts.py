@@ -11,6 +11,7 @@ from mlxflow.quantization.host_pace import HostWork
 from mlxflow.quantization.model_shape import ModelShape
 from mlxflow.quantization.quantization_request import QuantizationRequest
 from mlxflow.quantization.rounding_check import CHECKED_ROWS
+from mlxflow.quantization.teacher_logits import positions_in_loss
 
 # Forward passes over the calibration rows that a method is worth, besides what is counted in detail
 _PASSES = {"rtn": 0, "gptq": 2, "awq": 60, "dwq": 6, "block": 6, "qat": 0}
@@ -142,15 +143,16 @@ def held_models(
     if request.method == "dwq":
         found["dwq"] = _recomputed_tuning_bytes(shape, _DWQ_ROWS * row_tokens, row_tokens)
     if request.method == "block" and request.scale_steps:
-        positions = min(TOKENS_PER_STEP, tokens)
-        found["scale_steps"] = _recomputed_tuning_bytes(shape, positions, row_tokens, on_cpu=28.0)
+        positions, some = min(TOKENS_PER_STEP, tokens), positions_in_loss(shape.vocab_size)
+        found["scale_steps"] = _recomputed_tuning_bytes(shape, positions, row_tokens, logits_of=some, on_cpu=28.0)
     if request.training is not None:
         positions = request.training.settings.batch_size * row_tokens
         if request.training.trains == "scales":
-            found["scales"] = _tuning_bytes(shape, positions, row_tokens)
+            found["scales"] = _tuning_bytes(shape, positions, row_tokens, distills=request.training.distills)
         else:
             activations = 64.0 * positions * shape.hidden_size * shape.num_blocks
-            found["qat"] = _TRAINING * shape.parameters + 16.0 * positions * shape.vocab_size + activations
+            logits = _loss_bytes(shape, positions, distills=request.training.distills)
+            found["qat"] = _TRAINING * shape.parameters + logits + activations
     return found
 
 
@@ -291,26 +293,37 @@ def _activation_bytes(shape: ModelShape, positions: int, row_tokens: int) -> flo
     return 4.0 * positions * (8 * shape.widest + 20 * shape.hidden_size + 3 * shape.heads * row_tokens)
 
 
-def _tuning_bytes(shape: ModelShape, positions: int, row_tokens: int) -> float:
+def _loss_bytes(shape: ModelShape, positions: int, *, distills: bool) -> float:
+    """Return about the bytes of a training loss: logits of all positions, or of a part, and the head's gradient."""
+    whole = 16.0 * positions * shape.vocab_size
+    part = 16.0 * positions_in_loss(shape.vocab_size) * shape.vocab_size + 12.0 * _outside(shape)[1]
+    return min(whole, part) if distills else whole
+
+
+def _tuning_bytes(shape: ModelShape, positions: int, row_tokens: int, *, distills: bool) -> float:
     """Return about the bytes of a quantized model whose scales are trained: on a CPU with dequantized weights."""
     weights = shape.parameters * (9.0 if mx.default_device() == mx.cpu else 1.0)
     activations = shape.num_blocks * _activation_bytes(shape, positions, row_tokens)
-    return weights + activations + 16.0 * positions * shape.vocab_size
+    return weights + activations + _loss_bytes(shape, positions, distills=distills)
 
 
-def _recomputed_tuning_bytes(shape: ModelShape, positions: int, row_tokens: int, *, on_cpu: float = 14.0) -> float:
+def _recomputed_tuning_bytes(
+    shape: ModelShape, positions: int, row_tokens: int, *, logits_of: int | None = None, on_cpu: float = 14.0
+) -> float:
     """Return about the same where the blocks are recomputed: their inputs, and one block or the head at a time.
 
     Args:
         shape: of the model.
         positions: of a step.
         row_tokens: of a row.
+        logits_of: positions whose logits are held at a time; None for all of a step.
         on_cpu: bytes of a weight that a CPU dequantizes, in fp32, with its gradient; adjusted to what runs took.
     """
     block, (_, largest) = shape.blocks / shape.num_blocks, _outside(shape)
     weight = on_cpu if mx.default_device() == mx.cpu else 6.0
     inputs = shape.num_blocks * positions * shape.hidden_size * _width_in_products(shape)
-    head = weight * largest + 16.0 * positions * shape.vocab_size
+    held = positions if logits_of is None else min(positions, logits_of)
+    head = weight * largest + 16.0 * held * shape.vocab_size
     return 1.2 * shape.parameters + inputs + max(head, weight * block + _activation_bytes(shape, positions, row_tokens))
 
 

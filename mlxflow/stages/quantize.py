@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 18  # blocks are trained on an error by dimension, and scales of 4 bits at a lower rate
+VERSION = 19  # distillation takes the logits of some positions at a time
 
 LATER_KEYS = {"num_epochs": "auto"}
 

@@ -9,7 +9,7 @@ one chunk after another, as Liger Kernel does (Hsu et al. 2024, arXiv:2410.10989
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -141,8 +141,11 @@ def linear_cross_entropy(
         form: of a quantized weight, which is dequantized in slices for each chunk; None for a dense one.
     """
     if form is None:
-        function = _linear_cross_entropy(chunk_rows, trains_weight, uses_kernel)
-        return function(hidden, weight, targets, weights)[0]
+        losses = _kernel_losses_and_gradient if uses_kernel else _losses_and_gradient
+        dense = cast("mx.array", weight)
+        return linear_losses(
+            hidden, dense, (targets, weights), losses, chunk_rows=chunk_rows, trains_weight=trains_weight
+        )
     return _frozen_cross_entropy(chunk_rows, form, uses_kernel)(hidden, targets, weights, *weight)[0]
 
 
@@ -172,11 +175,39 @@ def _frozen_cross_entropy(chunk_rows: int, form: Format, uses_kernel: bool) -> C
     return cast("Callable[..., tuple[mx.array, ...]]", function)
 
 
+#: Maps logits, (n, V), and a chunk of each further array to the sum of the losses, in fp32, and its gradient with
+#: respect to the logits, in their dtype.
+LossesAndGradient = Callable[..., tuple[mx.array, mx.array]]
+
+
+def linear_losses(
+    hidden: mx.array,
+    weight: mx.array,
+    arrays: Sequence[mx.array],
+    losses_and_gradient: LossesAndGradient,
+    *,
+    chunk_rows: int,
+    trains_weight: bool,
+) -> mx.array:
+    """Return the sum of any losses of `hidden @ weight.T`, a scalar in fp32; see `linear_cross_entropy`.
+
+    Args:
+        hidden: (N, D), the input of the head.
+        weight: (V, D) of the head, in the dtype of `hidden`.
+        arrays: what the losses take of each row, (N, ...) each; they get no gradient.
+        losses_and_gradient: the same function for the same losses: what it compiles to is kept.
+        chunk_rows: rows whose logits are held at a time.
+        trains_weight: whether the gradient of `weight` is needed.
+    """
+    function = _linear_losses(chunk_rows, trains_weight, losses_and_gradient)
+    return function(hidden, weight, *arrays)[0]
+
+
 @functools.cache
-def _linear_cross_entropy(
-    chunk_rows: int, trains_weight: bool, uses_kernel: bool
+def _linear_losses(
+    chunk_rows: int, trains_weight: bool, losses_and_gradient: LossesAndGradient
 ) -> Callable[..., tuple[mx.array, ...]]:
-    def forward(hidden: mx.array, weight: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
+    def forward(hidden: mx.array, weight: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         total = mx.array(0.0)
         parts: list[mx.array] = []
         weight_gradients = [mx.zeros(weight.shape, mx.float32)] if trains_weight else []
@@ -185,7 +216,7 @@ def _linear_cross_entropy(
             part = hidden[rows]
             if parts:  # without an order all chunks would be computed, and held, at the same time
                 part = mx.depends(part, [total, parts[-1], *weight_gradients])
-            losses, gradient = _losses_and_gradient(part @ weight.T, targets[rows], weights[rows], uses_kernel)
+            losses, gradient = losses_and_gradient(part @ weight.T, *(array[rows] for array in arrays))
             total = total + losses
             parts.append(gradient @ weight)
             weight_gradients = [sums + (gradient.T @ part).astype(mx.float32) for sums in weight_gradients]
@@ -197,17 +228,21 @@ def _linear_cross_entropy(
     def backward(
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
     ) -> tuple[mx.array, ...]:
-        _, weight, targets, weights = primals
+        _, weight, *arrays = primals
         incoming = cotangents[0]
         hidden_gradient = (outputs[1] * incoming).astype(outputs[1].dtype)
         weight_gradient = (outputs[2] * incoming).astype(weight.dtype) if trains_weight else mx.zeros_like(weight)
-        return hidden_gradient, weight_gradient, mx.zeros_like(targets), mx.zeros_like(weights)
+        return hidden_gradient, weight_gradient, *map(mx.zeros_like, arrays)
 
     return cast("Callable[..., tuple[mx.array, ...]]", function)
 
 
+def _kernel_losses_and_gradient(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    return _losses_and_gradient(logits, targets, weights, uses_kernel=True)
+
+
 def _losses_and_gradient(
-    logits: mx.array, targets: mx.array, weights: mx.array, uses_kernel: bool
+    logits: mx.array, targets: mx.array, weights: mx.array, uses_kernel: bool = False
 ) -> tuple[mx.array, mx.array]:
     """Return the weighted sum of the losses, in fp32, and its gradient with respect to the logits, in their type."""
     if mx.default_device() != mx.cpu:

@@ -50,8 +50,8 @@ class Head(NamedTuple):
         return weight, Format(layer.group_size, layer.bits, layer.mode)
 
     def is_trained(self, model: nn.Module) -> bool:
-        """Return whether the weight is one of the trainable parameters."""
-        return "weight" in self.module(model).trainable_parameters()
+        """Return whether the weight, or what it is computed of, is trained."""
+        return bool(self.module(model).trainable_parameters())
 
 
 def known_head(model: nn.Module) -> Head:
