@@ -107,14 +107,14 @@ def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
         )
         return
     fits = expected.least_bytes <= limit
-    advice = "" if fits else f"{expected.advice}\n"
+    advice = expected.batch if fits else expected.advice
     waiting = f", {show_bytes(expected.least_bytes)} if the host waits for the device"
     write_markdown(
         f"{stage.task}: {'fits' if fits else 'does not fit'}: {show_bytes(expected.peak_bytes)} in a pass of "
         f"{expected.tokens:,} tokens{waiting if fits and expected.peak_bytes > limit else ''}; "
         f"limit {show_bytes(limit)}\n"
-        f"{advice}"
-        f"{expected.seconds.steps:,} steps: {_described(expected.seconds)}\n"
+        + (f"{advice}\n" if advice else "")
+        + f"{expected.seconds.steps:,} steps: {_described(expected.seconds)}\n"
         + (f"checkpointing: {expected.note}\n" if expected.note else "")
     )
 

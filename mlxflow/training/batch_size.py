@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.messages.byte_sizes import show_apart
+from mlxflow.messages.byte_sizes import show_apart, show_bytes
 from mlxflow.messages.errors import SourceError, WorkflowError
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.training.memory_advice import memory_advice
@@ -77,6 +77,24 @@ def ladder(batch_size: int, max_batch_size: int) -> list[int]:
         sizes |= {doubled, doubled * 3 // 2}
         doubled *= 2
     return sorted(size for size in sizes if half <= size <= max_batch_size)
+
+
+def shrink_note(settings: TrainingSettings, names: SettingNames, *, peak_bytes: float, limit_bytes: int) -> str:
+    """Return what a training within the memory limit does with its batch, a sentence; empty if it keeps the rows.
+
+    Args:
+        settings: of the training.
+        names: of the settings.
+        peak_bytes: predicted of a step.
+        limit_bytes: memory limit of MLX.
+    """
+    most = settings.shrink_above * limit_bytes
+    if not settings.dynamic_batch_size or settings.batch_size == 1 or peak_bytes <= most:
+        return ""
+    return (
+        f"A pass of more than {show_bytes(most)} ({names.of('shrink_above')} = {settings.shrink_above:g}) gets fewer "
+        f"rows, and a step more passes. Set {names.of('dynamic_batch_size')} = false to keep {settings.batch_size}."
+    )
 
 
 def split(rows: int, batch_size: int) -> Iterator[tuple[int, int]]:

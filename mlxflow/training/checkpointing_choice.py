@@ -45,8 +45,8 @@ def choose_checkpointing(
 ) -> CheckpointingChoice:
     """Try gradient checkpointing on the rows of a pass and return the fastest setting within a limit.
 
-    The limit counts up to the share above which a batch would shrink. If nothing fits, all layers are recomputed, in
-    pairs.
+    Of a dynamic batch the limit counts up to the share above which it would shrink. If nothing fits, all layers are
+    recomputed, in pairs.
 
     Args:
         subject: the model and its settings.
@@ -58,7 +58,9 @@ def choose_checkpointing(
     def trial(layers: Recomputation, some: Rows) -> StepTrial | None:
         return try_step(subject._replace(settings=layers.applied_to(subject.settings)), kernels, some)
 
-    allowed = int(limit_bytes * min(1.0, subject.settings.shrink_above))
+    shrinks = subject.settings.dynamic_batch_size and subject.settings.shrink_above < 1
+    allowed = int(limit_bytes * (subject.settings.shrink_above if shrinks else 1.0))
+    bound = f"{show_bytes(allowed)} {'above which the batch shrinks' if shrinks else 'allowed'}"
     part = part_of(rows, _PART)
     small = {every: measured for every in (1, 0) if (measured := trial(Recomputation(every), part)) is not None}
     if len(small) < 2:
@@ -77,16 +79,16 @@ def choose_checkpointing(
     for layers in CANDIDATES:
         measured = trial(layers, rows) if layers.every == 1 or expected(layers.every) <= allowed else None
         if measured is not None and measured.peak_bytes <= allowed:
-            return CheckpointingChoice(layers, _describe(layers, measured, expected(0), allowed))
-    line = f"every layer is recomputed, in pairs, and exceeds the {show_bytes(allowed)} allowed"
+            return CheckpointingChoice(layers, _describe(layers, measured, expected(0), bound))
+    line = f"every layer is recomputed, in pairs, and exceeds the {bound}"
     return CheckpointingChoice(Recomputation(1, 2), line)
 
 
-def _describe(layers: Recomputation, measured: StepTrial, everything: float, allowed: int) -> str:
+def _describe(layers: Recomputation, measured: StepTrial, everything: float, bound: str) -> str:
     seconds = measured.seconds + measured.update_seconds  # a pass of a tiny model may take no time beside its update
     speed = f"{measured.tokens / seconds:,.0f} tokens/s with a peak of {show_bytes(measured.peak_bytes)}"
     rest = f"; to keep all activations takes about {show_bytes(everything)}" if layers.every else ""
-    return f"{layers.words}: {speed}, {show_bytes(allowed)} allowed{rest}"
+    return f"{layers.words}: {speed}, of {bound}{rest}"
 
 
 class _ReportedSettings(msgspec.Struct, frozen=True):

@@ -28,6 +28,7 @@ from mlxflow.ops.overrides import replaced_in_evaluation
 from mlxflow.storage import user_folders
 from mlxflow.storage.run_context import Context
 from mlxflow.training import build, job, kernel_selection
+from mlxflow.training.batch_size import shrink_note
 from mlxflow.training.checkpointing_choice import choose_checkpointing
 from mlxflow.training.lora_config import decide_fuse
 from mlxflow.training.memory_advice import memory_advice
@@ -87,6 +88,7 @@ class Forecast(NamedTuple):
         advice: what to do if it does not fit.
         least_bytes: the peak if the host waits for the device, as it does to stay within the memory limit; where
             that is not known, the same.
+        batch: what happens to the batch, a sentence; empty if it is kept.
     """
 
     peak_bytes: float | None
@@ -95,6 +97,7 @@ class Forecast(NamedTuple):
     note: str = ""
     advice: str = ""
     least_bytes: float = 0.0
+    batch: str = ""
 
 
 def forecast(
@@ -146,7 +149,9 @@ def forecast(
         writing=_writing_seconds(request, subject, many.state_bytes, context),
     )
     peak, least = _peaks(traced, trials, count)
-    return Forecast(peak, seconds, count, note, advice, least)
+    limit = context.memory_limit_bytes
+    batch = "" if in_validation else shrink_note(settings, subject.names, peak_bytes=peak, limit_bytes=limit)
+    return Forecast(peak, seconds, count, note, advice, least, batch)
 
 
 class _Trials(NamedTuple):

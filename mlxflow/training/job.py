@@ -24,6 +24,7 @@ from mlxflow.training import (
     starting_model,
     weight_dtypes,
 )
+from mlxflow.training.batch_size import shrink_note
 from mlxflow.training.kernel_selection import KernelRequest
 from mlxflow.training.lora_config import decide_fuse
 from mlxflow.training.remembered_forecast import remembered_forecast
@@ -186,7 +187,11 @@ def _say_whether_it_fits(subject: build.Subject, kernels: ModelKernels, tokens: 
     except (ValueError, RuntimeError) as error:  # a model of other code may use what MLX cannot export
         line = f"the peak memory of a step is not predicted ({reason_of(error)})"
     else:
-        line = expected.line(context.memory_limit_bytes, advice=expected.advice(subject, rows))
+        limit = context.memory_limit_bytes
+        line = expected.line(limit, advice=expected.advice(subject, rows))
+        if expected.least_bytes <= limit and not expected.is_of_validation:
+            note = shrink_note(subject.settings, subject.names, peak_bytes=expected.peak_bytes, limit_bytes=limit)
+            line += f". {note}" if note else ""
     terminal.say(f"{context.task}: {line}")
 
 

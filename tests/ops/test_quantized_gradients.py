@@ -116,7 +116,7 @@ def _require_close(found: mx.array, exact: "NDArray[np.float64]", terms: "NDArra
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda one: f"{one.mode}-{one.bits}-{one.group_size}")
 def test_outputs_and_gradients_match_the_dense_layer(setting: Setting, has_bias: bool, way: str) -> None:
     layer = _layer(setting, has_bias=has_bias)
-    for rows in ROWS[:3] if has_bias else ROWS:
+    for rows in ROWS if not has_bias or setting.bits in (4, 8) else ROWS[:3]:
         x = mx.random.normal((1, rows, INPUTS), key=mx.random.key(2))
         incoming = mx.random.normal((1, rows, OUTPUTS), key=mx.random.key(3))
         (output,), (dx,) = mx.vjp(lambda x: WAYS[way](layer.module, x), [x], [incoming])

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from mlxflow.messages.errors import SourceError, WorkflowError
-from mlxflow.training.batch_size import BatchSizes, Decision, MemoryUse, ladder, read_decisions, split
+from mlxflow.training.batch_size import (
+    BatchSizes,
+    Decision,
+    MemoryUse,
+    ladder,
+    read_decisions,
+    shrink_note,
+    split,
+)
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
 NAMES = SettingNames("train", "pretokenize.context_length", "workflow.memory_limit")
@@ -148,3 +156,25 @@ def test_a_fixed_batch_size_reads_no_memory() -> None:
     assert sizes.look(1, _reading(0.1)) is None
     assert sizes.look(2, _reading(0.95)) is None
     assert sizes.size == 32
+
+
+def test_a_note_says_when_a_training_that_fits_gets_fewer_rows() -> None:
+    settings = TrainingSettings(batch_size=4, warmup_steps=0)
+    names = SettingNames("train")
+
+    def note(peak_bytes: int, **changes: Any) -> str:
+        return shrink_note(settings.replace(**changes), names, peak_bytes=peak_bytes, limit_bytes=10**10)
+
+    assert note(8_100_000_000) == (
+        "A pass of more than 8.00 GB (train.shrink_above = 0.8) gets fewer rows, and a step more passes. "
+        "Set train.dynamic_batch_size = false to keep 4."
+    )
+    assert note(8_000_000_000) == ""
+    assert note(9_900_000_000, shrink_above=1.0) == ""
+    assert note(9_900_000_000, dynamic_batch_size=False) == ""
+    assert note(9_900_000_000, batch_size=1, max_batch_size=1) == ""
+    sizes = BatchSizes(settings)
+    assert sizes.look(1, MemoryUse(0, 8_000_000_000, 0, 10**10)) is None
+    decision = sizes.look(2, MemoryUse(0, 8_100_000_000, 0, 10**10))
+    assert decision is not None
+    assert (decision.reason, decision.batch_size < 4) == ("shrink", True)

@@ -107,3 +107,15 @@ def test_a_pass_that_takes_no_time_beside_its_update_has_a_speed(
 
     monkeypatch.setattr("mlxflow.training.checkpointing_choice.try_step", try_nothing)
     assert "256 tokens/s" in choose_checkpointing(subject, NONE, rows, limit_bytes=1 << 40).line
+
+
+def test_of_a_batch_that_would_shrink_the_limit_counts_up_to_there(subject: build.Subject, rows: Rows) -> None:
+    kept = _peak(subject, rows, 0)
+    dynamic = subject._replace(settings=subject.settings.replace(shrink_above=0.5))
+    fixed = subject._replace(settings=dynamic.settings.replace(dynamic_batch_size=False))
+    shrinking = choose_checkpointing(dynamic, NONE, rows, limit_bytes=kept + kept // 2)
+    assert shrinking.layers.every > 0
+    assert "above which the batch shrinks" in shrinking.line
+    fitting = choose_checkpointing(fixed, NONE, rows, limit_bytes=kept + kept // 2)
+    assert fitting.layers == Recomputation(0)
+    assert "allowed" in fitting.line

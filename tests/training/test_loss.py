@@ -129,17 +129,17 @@ def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
     assert not mx.any(mx.grad(fused)(weight))
 
 
-@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
 def test_the_fused_loss_of_a_packed_weight_is_that_of_its_dense_copy(mode: str) -> None:
-    size = {"affine": 64, "mxfp4": 32, "nvfp4": 16}[mode]
+    size, bits = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
     hidden = mx.random.normal((50, 64), key=mx.random.key(0))
-    packed = tuple(mx.quantize(mx.random.normal((96, 64), key=mx.random.key(1)) * 0.3, size, 4, mode))
+    packed = tuple(mx.quantize(mx.random.normal((96, 64), key=mx.random.key(1)) * 0.3, size, bits, mode))
     biases = packed[2] if len(packed) > 2 else None
-    weight = mx.dequantize(packed[0], packed[1], biases, size, 4, mode).astype(mx.float32)
+    weight = mx.dequantize(packed[0], packed[1], biases, size, bits, mode).astype(mx.float32)
     targets, weights = mx.arange(50) % 96, (mx.arange(50) % 3 != 0).astype(mx.float32)
 
     def fused(hidden: mx.array) -> mx.array:
-        form = Format(size, 4, mode)
+        form = Format(size, bits, mode)
         total = linear_cross_entropy(hidden, packed, targets, weights, chunk_rows=16, trains_weight=False, form=form)
         return 0.5 * total
 
