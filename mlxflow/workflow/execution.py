@@ -36,6 +36,7 @@ from mlxflow.storage.user_folders import prepare_compiled_folder
 from mlxflow.workflow import artifact_card, rank_timing, ranked_execution, stage_tracking
 from mlxflow.workflow.handover import Handover
 from mlxflow.workflow.model import Stage, Workflow
+from mlxflow.workflow.repeated_artifact import repeated_artifact
 from mlxflow.workflow.stage import outputs_of, paths_of, rooted, settings_digest
 
 
@@ -121,7 +122,7 @@ def _run(
             folder=private,
             unfinished=unfinished,
             digests=digests,
-            published=_published(workflow.root / stage.folder) if into else None,
+            published=repeated_artifact(workflow.root / stage.folder, provenance) if into else None,
             begun=begun,
             time_ranks=partial(rank_timing.time_ranks, workflow),
             if_interrupted=if_interrupted,
@@ -230,10 +231,6 @@ def _require_unchanged(
     except StageError:
         atomic_folders.remove_folder(unfinished)
         raise
-
-
-def _published(folder: Path) -> Path | None:
-    return folder if (folder / layout.REPORT).is_file() else None
 
 
 def _identify_inputs(workflow: Workflow, stage: Stage, cache: ObservedInputs) -> dict[str, str]:

@@ -78,14 +78,18 @@ def test_killed_and_stopped_ranks_and_a_taken_port_change_no_byte(
 def test_a_run_stops_on_four_ranks_continues_on_two_and_ends_on_one_in_the_same_bytes(
     trained_alone: Alone, train: Build, faults: Faults, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    stopped = 0
     for processes, step in ((4, 3), (2, 7)):
         faults.planned = {(processes - 1, step): (signal.SIGTERM, "supervisor")}
         with pytest.raises(SystemExit) as caught:
             train(processes)
         assert caught.value.code == 128 + signal.SIGTERM
-        assert f"rank 0: train: stopped after step {step}; " in capfd.readouterr().err
+        found = re.search(r"rank 0: train: stopped after step (\d+); ", capfd.readouterr().err)
+        assert found is not None
+        stopped = int(found[1])
+        assert stopped >= step  # the ranks may have begun the next step when the signal arrives
     assert train(1) == trained_alone[1]
-    assert "train: resumes from step 7 (" in capfd.readouterr().err
+    assert f"train: resumes from step {stopped} (" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("reduction", ["ordered", "fast"])
