@@ -24,6 +24,7 @@ class Job(NamedTuple):
         device: as `[workflow]` has it.
         length: tokens of a row.
         lines: of the text, a row each.
+        limit_gb: memory limit; 0 for the device's own.
     """
 
     model: str
@@ -31,10 +32,12 @@ class Job(NamedTuple):
     device: str = "cpu"
     length: int = 64
     lines: int = 200
+    limit_gb: int = 0
 
 
 _ON_GPU: dict[str, Any] = {"device": "gpu", "length": 2048}
 _LARGE = {"method": "lora", "batch_size": 4, "precision": "bf16"}
+_LONG = _LARGE | {"batch_size": 1, "checkpointing": "pairs", "max_validation_rows": 2}
 
 JOBS = {
     "4 bits, LoRA": Job("cpu", {"method": "lora"}),
@@ -47,6 +50,10 @@ JOBS = {
     "8b, LoRA": Job("8b", _LARGE, **_ON_GPU),
     "8b, LoRA, layers recomputed": Job("8b", _LARGE | {"checkpointing": "layers"}, **_ON_GPU),
     "8b, LoRA, pairs recomputed": Job("8b", _LARGE | {"checkpointing": "pairs"}, **_ON_GPU),
+    "8b, DoRA, layers recomputed": Job("8b", _LARGE | {"method": "dora", "checkpointing": "layers"}, **_ON_GPU),
+    "8b, LoRA, layers recomputed, limit 9 GB": Job("8b", _LARGE | {"checkpointing": "layers"}, **_ON_GPU, limit_gb=9),
+    "8b, LoRA, a row of 8,192, pairs, limit 8 GB": Job("8b", _LONG, "gpu", 8192, 40, 8),
+    "8b, LoRA, a row of 32,768, pairs, limit 16 GB": Job("8b", _LONG, "gpu", 32_768, 20, 16),
     "1b-full, layers recomputed": Job(
         "1b-full",
         {"method": "full", "batch_size": 4, "precision": "bf16-pure", "checkpointing": "layers"},
@@ -88,7 +95,10 @@ def _compare(name: str, project: Path, model: Path) -> None:
     steady = (run["training_seconds"] - run["compile_seconds"]) / (_STEPS - 1)
     row: dict[str, Any] = {
         "job": name,
-        "peak_gb": [round(memory * _UNITS[unit], 3), round(run["training_peak_memory_bytes"] / 1e9, 3)],
+        "peak_gb": [
+            round(min(memory * _UNITS[unit], JOBS[name].limit_gb or np.inf), 3),
+            round(run["training_peak_memory_bytes"] / 1e9, 3),
+        ],
         "step_seconds": [of_step, round(steady, 2)],
         "first_step_seconds": [round(first + of_step, 1), round(run["compile_seconds"], 1)],
         "steps_seconds": [round(first + of_step * _STEPS, 1), round(run["training_seconds"], 1)],
@@ -124,7 +134,11 @@ def _write(project: Path, model: Path, job: Job) -> None:
     lines = [" ".join(random.choice(plain, job.length)) for _ in range(job.lines)]
     (project / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     tables = {
-        "workflow": {"device": job.device, "stages": ["pretokenize", "train"]},
+        "workflow": {
+            "device": job.device,
+            "stages": ["pretokenize", "train"],
+            **({"memory_limit": f"{job.limit_gb} GB"} if job.limit_gb else {}),
+        },
         "pretokenize": {
             "sources": ["text.jsonl"],
             "context_length": job.length,

@@ -75,40 +75,50 @@ def shape_of(dtype: mx.Dtype, codes: mx.array, form: Format, rows: int) -> Produ
     return ProductShape(dtype, form, outputs, codes.shape[1] * 32 // form.bits, least)
 
 
-def inputs(shape: ProductShape, size: int) -> list[mx.array]:
-    """Return rows, the incoming gradient, codes, scales and biases; an odd number of rows where little is wanted.
+def inputs(shape: ProductShape, _: int = 0, *, more_rows: int = 0) -> list[mx.array]:
+    """Return rows, the incoming gradient, what is added to the gradient of the rows, codes, scales and biases.
+
+    The rows are as many as the class has at least, however many numbers are wanted: which way MLX multiplies, and how
+    fast, depends on them.
 
     Args:
         shape: of the product.
-        size: number of elements of the rows.
+        more_rows: beside those of the class.
     """
-    rows = max(37, min(shape.rows, size // shape.inputs))
+    rows = shape.rows + more_rows
     scale = mx.where(mx.arange(shape.outputs) % 7 == 3, 30.0, 1.0)[:, None]
     dense = mx.random.normal((shape.outputs, shape.inputs), key=mx.random.key(0)) * scale
-    x, incoming = (
+    x, incoming, plus = (
         mx.random.normal((rows, width), key=mx.random.key(seed)).astype(shape.dtype)
-        for seed, width in ((1, shape.inputs), (2, shape.outputs))
+        for seed, width in ((1, shape.inputs), (2, shape.outputs), (3, shape.inputs))
     )
     weight: list[mx.array] = list(mx.quantize(dense.astype(shape.dtype), **shape.form._asdict()))
-    return [x, incoming, *weight]
+    return [x, incoming, plus, *weight]
 
 
-def kernel(shape: ProductShape, x: mx.array, incoming: mx.array, *weight: mx.array) -> list[mx.array]:
-    """Return the product and the gradient of its rows, each through a dense copy of the weight."""
+def kernel(shape: ProductShape, x: mx.array, incoming: mx.array, plus: mx.array, *weight: mx.array) -> list[mx.array]:
+    """Return the product, the gradient of its rows, and that with an addition; each through a dense copy of the weight.
+
+    An adapter's part of the gradient is added within the product (`ops.adapter_products`).
+    """
     return [
         quantized_matmul.multiply(x, weight, shape.form, transpose=True),
         quantized_matmul.multiply(incoming, weight, shape.form, transpose=False),
+        quantized_matmul.multiply(incoming, weight, shape.form, transpose=False, plus=plus),
     ]
 
 
-def reference(shape: ProductShape, x: mx.array, incoming: mx.array, *weight: mx.array) -> list[mx.array]:
+def reference(
+    shape: ProductShape, x: mx.array, incoming: mx.array, plus: mx.array, *weight: mx.array
+) -> list[mx.array]:
     """Return the same by dense products in fp32."""
     codes, scales, *biases = weight
     dense = mx.dequantize(codes, scales, biases[0] if biases else None, **shape.form._asdict()).astype(mx.float32)
-    return [x.astype(mx.float32) @ dense.T, incoming.astype(mx.float32) @ dense]
+    gradient = incoming.astype(mx.float32) @ dense
+    return [x.astype(mx.float32) @ dense.T, gradient, gradient + plus.astype(mx.float32)]
 
 
-def mlx(shape: ProductShape, x: mx.array, incoming: mx.array, *weight: mx.array) -> list[mx.array]:
+def mlx(shape: ProductShape, x: mx.array, incoming: mx.array, plus: mx.array, *weight: mx.array) -> list[mx.array]:
     """Return the same by MLX's product with packed codes."""
     codes, scales, *biases = weight
     packed = (codes, scales, biases[0] if biases else None)
@@ -116,4 +126,5 @@ def mlx(shape: ProductShape, x: mx.array, incoming: mx.array, *weight: mx.array)
     return [
         mx.quantized_matmul(x, *packed, transpose=True, **form),
         mx.quantized_matmul(incoming, *packed, transpose=False, **form),
+        plus + mx.quantized_matmul(incoming, *packed, transpose=False, **form),
     ]

@@ -63,19 +63,42 @@ def test_a_faster_product_is_used_and_a_slower_one_is_not() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda product, gradient: [product, gradient * 1.02],
-        lambda product, gradient: [product, mx.concatenate([gradient[1:], gradient[:1]])],
-        lambda product, gradient: [mx.concatenate([product[:, :-1], product[:, :1]], axis=1), gradient],
-        lambda product, gradient: [product, mx.where(mx.arange(gradient.shape[1]) == 5, 0, gradient)],
+        lambda product, gradient, added: [product, gradient * 1.02, added],
+        lambda product, gradient, added: [product, mx.concatenate([gradient[1:], gradient[:1]]), added],
+        lambda product, gradient, added: [
+            mx.concatenate([product[:, :-1], product[:, :1]], axis=1),
+            gradient,
+            added,
+        ],
+        lambda product, gradient, added: [product, mx.where(mx.arange(gradient.shape[1]) == 5, 0, gradient), added],
+        lambda product, gradient, _: [product, gradient, gradient],
+        lambda product, *others: [mx.where(mx.arange(len(product))[:, None] >= 64, 0, product), *others],
+        lambda product, *others: [mx.where(mx.arange(len(product))[:, None] >= 256, 0, product), *others],
     ],
-    ids=["scaled", "rows shifted", "last column", "column left out"],
+    ids=[
+        "scaled",
+        "rows shifted",
+        "last column",
+        "column left out",
+        "addition left out",
+        "rows after the 64th",
+        "rows that fill no block",
+    ],
 )
-def test_a_wrong_product_is_refused(fault: Callable[[mx.array, mx.array], list[mx.array]]) -> None:
+def test_a_wrong_product_is_refused(fault: Callable[..., list[mx.array]]) -> None:
     right = case_of(NAME)
     wrong = right._replace(kernel=lambda *arrays: fault(*right.kernel(*arrays)))
     result = verification.verify(wrong, clock=_ticks(1.0, 3.0))
     assert not result.passed
     assert "it deviates by" in result.reason
+
+
+@pytest.mark.parametrize("shape", [ProductShape(mx.bfloat16, Format(64, 4, "affine"), 64, 16_384, 256)])
+@pytest.mark.parametrize("size", [1 << 10, 1 << 18, 1 << 24])
+def test_a_product_is_checked_and_timed_with_the_rows_of_its_class(shape: ProductShape, size: int) -> None:
+    case = case_of(shape.name)
+    assert len(case.inputs(size)[0]) == shape.rows
+    assert [len(arrays[0]) for arrays in case.checked_inputs(size)] == [shape.rows, shape.rows + 37]
 
 
 def test_a_large_weight_is_multiplied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +111,12 @@ def test_a_large_weight_is_multiplied_in_slices(monkeypatch: pytest.MonkeyPatch)
         return plain(weight, form)
 
     shape = ProductShape(mx.float32, Format(64, 4, "affine"), 256, 128, 256)
-    arrays = quantized_product.inputs(shape, 1 << 12)
+    arrays = quantized_product.inputs(shape)
     expected = quantized_product.reference(shape, *arrays)
     monkeypatch.setattr(quantized_matmul, "dequantize", dequantize)
     for value, wanted in zip(quantized_product.kernel(shape, *arrays), expected, strict=True):
         assert verification._deviation(value, wanted) <= 2e-5
-    assert [rows for rows, _ in written] == [100, 100, 56] * 2
+    assert [rows for rows, _ in written] == [100, 100, 56] * 3
 
 
 def test_names_hold_the_shape_and_a_class_of_row_counts() -> None:

@@ -44,8 +44,8 @@ class _Layer(NamedTuple):
     bias: "NDArray[np.float64]"
 
 
-def _layer(setting: Setting, *, has_bias: bool) -> _Layer:
-    packed = pack(mx.random.normal((OUTPUTS, INPUTS), key=mx.random.key(0)), setting)
+def _layer(setting: Setting, *, has_bias: bool, dtype: mx.Dtype = mx.float32) -> _Layer:
+    packed = pack(mx.random.normal((OUTPUTS, INPUTS), key=mx.random.key(0)).astype(dtype), setting)
     module = nn.QuantizedLinear(
         INPUTS,
         OUTPUTS,
@@ -58,8 +58,8 @@ def _layer(setting: Setting, *, has_bias: bool) -> _Layer:
     if packed.biases is not None:
         module.biases = packed.biases
     if has_bias:
-        module.bias = mx.random.normal((OUTPUTS,), key=mx.random.key(1))
-    bias = np.array(module.bias, np.float64) if has_bias else np.zeros(OUTPUTS)
+        module.bias = mx.random.normal((OUTPUTS,), key=mx.random.key(1)).astype(dtype)
+    bias = np.array(module.bias.astype(mx.float32), np.float64) if has_bias else np.zeros(OUTPUTS)
     return _Layer(module, np.array(unpack(packed, setting, mx.float32), np.float64), bias)
 
 
@@ -103,10 +103,26 @@ def _on_cpu() -> Any:
     mx.set_default_device(before)
 
 
-def _require_close(found: mx.array, exact: "NDArray[np.float64]", terms: "NDArray[np.float64]", num_terms: int) -> None:
-    """Check sums in fp32, in any order: a rounding of the largest partial sum for each term."""
-    allowed = (num_terms + 4) * 2.0**-24 * terms + 1e-30
-    assert (np.abs(np.array(found, np.float64) - exact) <= allowed).all()
+def _require_close(
+    found: mx.array,
+    exact: "NDArray[np.float64]",
+    terms: "NDArray[np.float64]",
+    num_terms: int,
+    *,
+    of_factors: float = 0.0,
+) -> None:
+    """Check sums in fp32, in any order: a rounding of the largest partial sum for each term.
+
+    Args:
+        found: the sums.
+        exact: in float64.
+        terms: the sums of the terms' sizes.
+        num_terms: of each sum.
+        of_factors: the relative error that rounded factors give each term.
+    """
+    of_result = 0.0 if found.dtype == mx.float32 else 2.0**-8 * (np.abs(exact) + of_factors * terms)
+    allowed = ((num_terms + 4) * 2.0**-24 + of_factors) * terms + of_result + 1e-30
+    assert (np.abs(np.array(found.astype(mx.float32), np.float64) - exact) <= allowed).all()
 
 
 @pytest.mark.parametrize(
@@ -131,6 +147,27 @@ def _with_offsets(layer: _Layer, size: "NDArray[np.float64]", sums: "NDArray[np.
     """Return the size of the terms of a product that adds codes and biases of the groups separately, as MLX does."""
     biases = layer.module.get("biases")
     return size if biases is None else size + 2 * float(mx.abs(biases).max()) * sums
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda one: f"{one.mode}-{one.bits}-{one.group_size}")
+def test_outputs_and_gradients_match_the_dense_layer_on_a_gpu(setting: Setting, way: str, dtype: mx.Dtype) -> None:
+    """CUDA rounds factors in fp32 to TF32, 11 significant bits; in bf16 the weight is rounded, and so are its parts."""
+    mx.set_default_device(mx.gpu)
+    layer = _layer(setting, has_bias=True, dtype=dtype)
+    of_factors = 2 * 2.0**-11 if dtype == mx.float32 else 3 * 2.0**-9
+    for rows in ROWS:
+        x = mx.random.normal((1, rows, INPUTS), key=mx.random.key(2)).astype(dtype)
+        incoming = mx.random.normal((1, rows, OUTPUTS), key=mx.random.key(3)).astype(dtype)
+        (output,), (dx,) = mx.vjp(lambda x: WAYS[way](layer.module, x), [x], [incoming])
+        x64, g64 = (np.array(one.astype(mx.float32), np.float64) for one in (x, incoming))
+        exact, size = x64 @ layer.weight.T + layer.bias, np.abs(x64) @ np.abs(layer.weight).T + np.abs(layer.bias)
+        most = _with_offsets(layer, size, np.abs(x64).sum(-1, keepdims=True))
+        _require_close(output, exact, most, INPUTS, of_factors=of_factors)
+        most = _with_offsets(layer, np.abs(g64) @ np.abs(layer.weight), np.abs(g64).sum(-1, keepdims=True))
+        _require_close(dx, g64 @ layer.weight, most, OUTPUTS, of_factors=of_factors)
 
 
 @pytest.mark.parametrize("transpose", [True, False])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,49 @@ def _digest(folder: Path) -> str:
 def test_adapters_beside_quantized_layers_end_in_the_same_bytes_after_a_kill(
     name: str, mode: dict[str, Any], dense: Path, tmp_path: Path
 ) -> None:
-    folders = [tmp_path / kind for kind in ("whole", "killed")]
+    folders = _projects(tmp_path, _workflow(dense, _ADAPTERS[name], mode))
+    _kill_one_and_compare(*folders, cache=tmp_path / "cache")
+
+
+@pytest.mark.gpu
+def test_a_killed_run_on_a_gpu_multiplies_by_the_recorded_ways(tmp_path: Path) -> None:
+    """What is faster through a dense copy was decided before the kill, and the results of trials are gone after it."""
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    write_workflow(dense, _DENSE.replace("= 64", "= 1024").replace("context_length = 16", "context_length = 128"))
+    for stage in ("pretokenize", "train"):
+        made = mlxflow(dense, "run", stage)
+        assert made.returncode == 0, made.stderr
+    text = _workflow(dense / "artifacts/train", _ADAPTERS["lora, bf16"], {"bits": 4, "group_size": 64})
+    folders = _projects(tmp_path, text.replace("context_length = 16", "context_length = 128"))
+    _kill_one_and_compare(*folders, cache=tmp_path / "cache")
+    kernels = [tomllib.loads((folder / "artifacts/train/report.toml").read_text())["kernels"] for folder in folders]
+    assert kernels[0] == kernels[1]
+    assert any(name.startswith("quantized_product/") for name in kernels[1])
+
+
+def _projects(place: Path, text: str) -> list[Path]:
+    """Return two projects of a workflow with their tokens and quantized model."""
+    folders = [place / kind for kind in ("whole", "killed")]
     for folder in folders:
         folder.mkdir()
-        write_workflow(folder, _workflow(dense, _ADAPTERS[name], mode))
+        write_workflow(folder, text)
         for stage in ("pretokenize", "quantize:q"):
             made = mlxflow(folder, "run", stage)
             assert made.returncode == 0, made.stderr
-    whole, killed = folders
+    return folders
+
+
+def _kill_one_and_compare(whole: Path, killed: Path, *, cache: Path) -> None:
+    """Train in both projects, one of them killed after a checkpoint, and compare the weights.
+
+    Args:
+        whole: trained at once.
+        killed: trained until a checkpoint, and then to the end.
+        cache: the user's cache of the training that is killed.
+    """
     assert mlxflow(whole, "run", "train").returncode == 0
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     command = [sys.executable, "-m", "mlxflow", "run", "train"]
     with subprocess.Popen(command, cwd=killed, stderr=subprocess.DEVNULL, env=environment) as process:
         end = time.monotonic() + 120

@@ -228,6 +228,25 @@ def test_the_peak_of_a_step_with_kernels_is_predicted_on_a_gpu(settings: dict[st
     assert expected.least_bytes * 0.9 <= measured <= expected.peak_bytes * 1.1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"checkpoint_every": 1}], ids=str)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_peak_of_a_step_beside_quantized_layers_is_predicted_on_a_gpu(
+    method: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("LENGTH", 512), ("ROWS", 8)):
+        monkeypatch.setattr(f"{__name__}.{name}", value)
+    subject = _subject(method, bits=4, precision="bf16", **settings)
+    traits = model_kernels.TrainingTraits("bf16", LENGTH, False)
+    refused = model_kernels.choose_for(subject.model, traits, recorded=[]).refused
+    kernels = model_kernels.choose_for(subject.model, traits, recorded=list(refused))
+    assert any(name.startswith("quantized_product/") for name in kernels.selected)
+    expected = forecast_memory(subject, kernels, _rows())
+    measured = _measured(subject, kernels)
+    print(expected, measured)
+    assert expected.least_bytes * 0.9 <= measured <= expected.peak_bytes * 1.1
+
+
 def test_nothing_is_computed_and_the_model_is_as_before() -> None:
     subject = _subject("lora")
     before = {name: np.array(value) for name, value in tree_flatten(subject.model.parameters())}
