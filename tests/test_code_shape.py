@@ -59,7 +59,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/kernels/verification_inputs.py": "tests/kernels/test_verification_cases.py",
     "mlxflow/models/gguf_token_rules.py": "tests/models/test_gguf_tokenizer.py",
     "mlxflow/models/gguf_vocabulary.py": "tests/models/test_gguf_tokenizer.py",
-    "mlxflow/quantization/aware_training.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/bit_allocation.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/budget_choice.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/dense_model.py": "tests/stages/test_model_folders.py",

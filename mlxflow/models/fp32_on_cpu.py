@@ -4,7 +4,8 @@ The weights are the same numbers, and sums and intermediate results have more di
 On a GPU everything here leaves a model as it is.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -17,10 +18,17 @@ from mlxflow.ops import wide_scales
 # The share of the memory up to which the weights of a whole model are widened
 _MOST_SHARE = 0.5
 
+_NARROW = (mx.float16, mx.bfloat16)
+
 
 def computed_dtype() -> Literal["fp32", "stored"]:
     """Return the dtype in which 16-bit models are computed, for the names of cached results."""
     return "fp32" if mx.default_device() == mx.cpu else "stored"
+
+
+def dtype_in_products(stored: mx.Dtype) -> mx.Dtype:
+    """Return the dtype in which weights of a stored dtype are computed: fp32 for 16 bits on a CPU."""
+    return mx.float32 if mx.default_device() == mx.cpu and stored in _NARROW else stored
 
 
 def widened(tree: Any) -> Any:
@@ -53,7 +61,7 @@ def widen(model: nn.Module, *, at_any_size: bool = False, keeps: Set[str] = froz
     Args:
         model: changed.
         at_any_size: whether all weights are cast however large the model is, since they are not held together.
-        keeps: paths of modules whose parameters stay as they are.
+        keeps: paths of parameters, or of modules whose parameters, stay as they are.
     """
     if mx.default_device() != mx.cpu:
         return
@@ -64,7 +72,8 @@ def widen(model: nn.Module, *, at_any_size: bool = False, keeps: Set[str] = froz
         blocks = tuple(f"{path}." for path in _block_paths(model))
 
     def cast(path: str, value: Any) -> Any:
-        stays = path.rpartition(".")[0] in keeps or (path.startswith(blocks) and value.ndim > 1)
+        is_kept = path in keeps or path.rpartition(".")[0] in keeps
+        stays = is_kept or (path.startswith(blocks) and value.ndim > 1)
         return value if stays else _in_fp32(value)
 
     model.update(tree_map_with_path(cast, parameters))
@@ -73,12 +82,32 @@ def widen(model: nn.Module, *, at_any_size: bool = False, keeps: Set[str] = froz
             wide_scales.mark(layer)
 
 
+@contextmanager
+def training_in_fp32(model: nn.Module, *, keeps: Set[str] = frozenset()) -> Iterator[None]:
+    """Let a model be trained in fp32 on a CPU, however large it is, until the block ends; nothing is evaluated.
+
+    Then its parameters get the dtypes back that they had.
+
+    Args:
+        model: changed.
+        keeps: see `widen`.
+    """
+    stored = {name: value.dtype for name, value in tree_flatten(model.parameters())}
+    widen(model, at_any_size=True, keeps=keeps)
+    try:
+        yield
+    finally:
+        model.update(
+            tree_map_with_path(lambda name, value: value.astype(stored.get(name, value.dtype)), model.parameters())
+        )
+
+
 def _in_fp32(value: Any) -> Any:
     return value.astype(mx.float32) if _is_narrow(value) else value
 
 
 def _is_narrow(value: Any) -> bool:
-    return isinstance(value, mx.array) and value.dtype in (mx.float16, mx.bfloat16)
+    return isinstance(value, mx.array) and value.dtype in _NARROW
 
 
 def _bytes_in_fp32(value: mx.array) -> int:

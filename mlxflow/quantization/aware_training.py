@@ -112,7 +112,7 @@ def suited(
         # No decay: weights are pulled to grid points. Low betas: old moments react too late to the rounding error.
         weight_decay=0.0,
         optimizer_options={"betas": [0.9, 0.95], "eps": 1e-12} if trains_grids else {"betas": [0.8, 0.99]},
-        precision="fp32" if types == {mx.float32} else "bf16",
+        precision="fp32" if types == {mx.float32} else "bf16",  # fp32 copies of what stays in 16 bits; see `_rounded`
         eval_every=max(1, num_steps // 2),
     )
 
@@ -228,10 +228,16 @@ def _begin(model: nn.Module, settings: TrainingSettings, names: SettingNames, co
 def _rounded(
     model: nn.Module, layers: Mapping[str, Setting], start: StartGrid | None, trains: str
 ) -> Iterator[Callable[[], dict[str, Packed]]]:
-    """Let layers compute with rounded weights until the block ends; yield a function that packs them."""
+    """Let layers compute with rounded weights until the block ends; yield a function that packs them.
+
+    On a CPU the layers of a 16-bit model compute in fp32 meanwhile, on grids in the stored dtype. Other weights that
+    are trained, such as norms, keep 16 bits, so that the written model is that of the last forward pass.
+    """
+    weights = {f"{path}.weight" for path in layers}
     if trains == "weights":
         mx.eval(model.parameters())
-        with fake_quantized(model, layers) as pack:
+        others = _trained_names(model) - weights
+        with fake_quantized(model, layers) as pack, fp32_on_cpu.training_in_fp32(model, keeps=others):
             yield pack
         return
     if start is None:
@@ -242,7 +248,12 @@ def _rounded(
         packed = start.packed
     with grids_in_training(model, layers, packed, trains_codes=trains == "all") as pack:
         packed.clear()
-        yield pack
+        with fp32_on_cpu.training_in_fp32(model, keeps=_trained_names(model) | weights):  # weights hold the codes
+            yield pack
+
+
+def _trained_names(model: nn.Module) -> set[str]:
+    return {name for name, _ in tree_flatten(model.trainable_parameters())}
 
 
 def _packed(weight: mx.array, setting: Setting) -> Packed:

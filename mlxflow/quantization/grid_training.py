@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.models.fp32_on_cpu import dtype_in_products
 from mlxflow.ops import patching
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.fake_quant import computing_with
@@ -39,7 +40,7 @@ class _Kind(NamedTuple):
 
     Attributes:
         setting: of the quantization.
-        dtypes: of the weight in a forward pass and in the model.
+        dtypes: of the weight in a forward pass, fp32 for 16 bits on a CPU, and in the model.
         share: of the learning rate that its scales and biases have.
     """
 
@@ -82,9 +83,8 @@ def grids_in_training(
     chosen = {path: modules[path] for path in layers}
     dense = {path: module["weight"] for path, module in chosen.items()}
     shares = rate_shares(model, layers)
-    kinds = {
-        path: _Kind(setting, (dense[path].dtype, dense[path].dtype), shares[path]) for path, setting in layers.items()
-    }
+    dtypes = {path: (dtype_in_products(weight.dtype), weight.dtype) for path, weight in dense.items()}
+    kinds = {path: _Kind(setting, dtypes[path], shares[path]) for path, setting in layers.items()}
     changes = [(chosen[path], _grid_class(cast("Hashable", type(chosen[path])), kind)) for path, kind in kinds.items()]
     if not trains_codes:
         model.freeze()

@@ -19,6 +19,7 @@ import numpy as np
 from mlxflow.device import compute_device, phase_peaks
 from mlxflow.messages import terminal
 from mlxflow.messages.byte_sizes import show_bytes
+from mlxflow.models.fp32_on_cpu import dtype_in_products
 from mlxflow.quantization.block_calls import find_blocks, kind_of_model
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.done_work import done_work
@@ -128,7 +129,7 @@ def announced(
         done=done,
     )
     work = counted_work(request)
-    speed = operations_per_second(shape.hidden_size, dtype_of_products(request, dense.model))
+    speed = operations_per_second(shape.hidden_size, dtype_of_products(dense.model))
     counted = _FIXED_SECONDS + work.operations / speed + _host_seconds(work.host)
     kind = f"{kind_of(request)} of a whole model" if unusual else kind_of(request)
     file, name = context.state / FILE, f"{kind} on {context.device} {compute_device.name()}"
@@ -160,11 +161,10 @@ def announced(
         write_records(file, records | {name: [*own, record][-_MOST_RECORDS:]})
 
 
-def dtype_of_products(request: QuantizationRequest, model: nn.Module) -> mx.Dtype:
-    """Return the dtype of most products of a request: a CPU computes in fp32, except in quantization-aware training."""
+def dtype_of_products(model: nn.Module) -> mx.Dtype:
+    """Return the dtype of most products of a quantization; see `models.fp32_on_cpu`."""
     stored = next((layer.weight.dtype for layer in quantizable_layers(model).values()), mx.float32)
-    trains = request.training is not None and not request.rotations and request.budget is None
-    return stored if trains or mx.default_device() != mx.cpu else mx.float32  # see `models.fp32_on_cpu`
+    return dtype_in_products(stored)
 
 
 def _unusual_blocks(request: QuantizationRequest, model: nn.Module, context_length: int) -> str:

@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_references import tokens_of_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.quantize import QuantizeReport
 
-VERSION = 19  # distillation takes the logits of some positions at a time
+VERSION = 20  # a CPU trains 16-bit models in fp32
 
 LATER_KEYS = {"num_epochs": "auto"}
 

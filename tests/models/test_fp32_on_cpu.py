@@ -112,6 +112,27 @@ class _Dense(nn.Module):  # type: ignore[misc]
         return rows
 
 
+@on_cpu
+def test_a_model_is_trained_in_fp32_and_gets_its_dtypes_back() -> None:
+    model = _model(mx.bfloat16)
+    model.lm_head.weight = model.lm_head.weight.astype(mx.float32)
+    before = {path: value.dtype for path, value in tree_flatten(model.parameters())}
+    with fp32_on_cpu.training_in_fp32(model, keeps={"model.norm.weight"}):
+        narrow = [path for path, value in tree_flatten(model.parameters()) if value.dtype != mx.float32]
+        assert narrow == ["model.norm.weight"]
+        model.model.norm.added = mx.zeros(1)
+    after = {path: value.dtype for path, value in tree_flatten(model.parameters())}
+    assert after == before | {"model.norm.added": mx.float32}
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32, mx.uint32])
+def test_products_of_16_bits_are_computed_in_fp32_on_a_cpu(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    assert fp32_on_cpu.dtype_in_products(dtype) == (mx.uint32 if dtype == mx.uint32 else mx.float32)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert fp32_on_cpu.dtype_in_products(dtype) == dtype
+
+
 def test_trees_keep_their_integers_and_what_is_no_array() -> None:
     wide = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     rows, (ids, text) = fp32_on_cpu.widened((mx.ones((2,), mx.bfloat16), [mx.array([1]), "causal"]))
