@@ -105,20 +105,19 @@ def run_job(
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     start, subject, kernels = prepare(job, tokens, context)
-    if not job.picks_checkpointing:  # the trials of a choice say what they measured
-        _say_whether_it_fits(subject, kernels, tokens, context)
-    warnings = _warn(job, start)
-    settings = subject.settings.replace(kernels=tuple(kernels.selected))
     if job.picks_checkpointing:
         layers = checkpointing_choice.resolve_checkpointing(
             subject,
             kernels,
-            tokens.rows.head(settings.batch_size),
+            tokens.rows.head(subject.settings.batch_size),
             limit_bytes=context.memory_limit_bytes,
             memory_file=context.unfinished / "checkpointing.json",
             published=context.published,
         )
-        settings = layers.applied_to(settings)
+        subject = subject._replace(settings=layers.applied_to(subject.settings))
+    _say_whether_it_fits(subject, kernels, tokens, context)
+    warnings = _warn(job, start)
+    settings = subject.settings.replace(kernels=tuple(kernels.selected))
     result = run.train(
         subject._replace(settings=settings),
         kernels,

@@ -159,3 +159,17 @@ def test_a_required_improvement_fails_and_leaves_the_artifact_as_it_was(project:
     with pytest.raises(StageError, match=r"^train\.require_improvement = true: perplexity .* nothing is published\. "):
         _train(project, folder, *WORSE, "weight_decay = 0.1\nrequire_improvement = true")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "auto"])
+def test_a_training_says_whether_it_fits_before_its_first_step(
+    project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], checkpointing: str
+) -> None:
+    _train(project, tmp_path / "a", f'log_every = 1\ncheckpointing = "{checkpointing}"')
+    said = capfd.readouterr().err.splitlines()
+    (line,) = (number for number, one in enumerate(said) if "in a step with passes of 64 tokens" in one)
+    assert re.match(r"train: about .* in a step with passes of 64 tokens: fits into the .* allowed$", said[line])
+    choices = [number for number, one in enumerate(said) if one.startswith('train.checkpointing = "auto": ')]
+    assert len(choices) == (checkpointing == "auto")
+    assert all(number < line for number in choices)
+    assert not [one for one in said[:line] if "step 1" in one]
