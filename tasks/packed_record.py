@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlxflow.messages.byte_sizes import show_apart
 from mlxflow.messages.errors import ArtifactError, StageError
 from mlxflow.storage import atomic_folders
 from mlxflow.storage.digests import digest_file
@@ -98,7 +99,8 @@ def installing(node: Node, values: dict[str, Any], source: str) -> Iterator[Path
     folder = node.root / node.folder
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if needed > free:
-        raise StageError(f"{source}: needs {needed:,} bytes, {free:,} are free in {node.root}. Make room.")
+        wanted, left = show_apart(needed, free)
+        raise StageError(f"{source}: needs {wanted}, {left} are free in {node.root}. Make room.")
     with atomic_folders.publishing(folder, partial(foreign_names, folder, node.output_names)) as private:
         yield private
     for copy, original in node.copies.items():

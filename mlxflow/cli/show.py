@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import CallError
 from mlxflow.messages.markdown_tables import table_of, write_markdown
 from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
@@ -96,7 +97,7 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
     ]
     write_markdown(f"{table_of(titles, rows)}\n")
     console.print(
-        f"{task}: {report.parameters:,} parameters in {report.model_bytes:,} bytes, "
+        f"{task}: {report.parameters:,} parameters in {show_bytes(report.model_bytes)}, "
         f"{report.bits_per_weight:.2f} bits a weight; {report.compression_ratio_fp32:.2f} times smaller than "
         f"fp32, {report.compression_ratio_bf16:.2f} than bf16"
     )

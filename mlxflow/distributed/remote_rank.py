@@ -20,6 +20,7 @@ from mlxflow.distributed.rank_start import RankStart
 from mlxflow.distributed.running_rank import RunningRank
 from mlxflow.distributed.ssh_link import LinkError, SshLink
 from mlxflow.messages import terminal
+from mlxflow.messages.byte_sizes import show_bytes
 
 #: An agent that hears nothing for this long ends its rank.
 SILENCE_SECONDS = 60.0
@@ -153,7 +154,7 @@ class RemoteRank(RunningRank):
         missing = [one for one in files if one.name in set(wanted["names"])]
         if not missing:
             return
-        terminal.say(f"{self.name}: copies {len(missing)} files, {sum(one.size for one in missing):,} bytes")
+        terminal.say(f"{self.name}: copies {len(missing)} files, {show_bytes(sum(one.size for one in missing))}")
         for one in missing:
             self.link.post_all(frames.encode_json(frames.FILE, one.name))
             with one.path.open("rb") as file:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxflow.messages import terminal
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import ArtifactError, reason_of
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.models import gguf_architectures, gguf_vocabulary
@@ -80,8 +81,8 @@ def folder_of(files: Sequence[Path], *, key: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folders.publishing(folder) as private:
             write_folder(files[0], private, key=key)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        terminal.say(f"{key}: converted to {folder}, {size:,} bytes; it is used again as long as the file is the same")
+        size = show_bytes(sum(file.stat().st_size for file in folder.iterdir()))
+        terminal.say(f"{key}: converted to {folder}, {size}; it is used again as long as the file is the same")
     return folder
 
 

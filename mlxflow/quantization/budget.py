@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxflow.messages.byte_sizes import show_apart
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.quantization.codec import packed_bytes, round_trip
 from mlxflow.quantization.sensitivity import Costs
@@ -166,10 +167,10 @@ def _loss_of(
 def _require_possible(sizes: Sizes, budget_bytes: int, setting: str, parameters: int) -> None:
     least = sum(min(options.values()) for options in sizes.values())
     if least > budget_bytes:
+        needed, left = show_apart(least, max(budget_bytes, 0))
         raise WorkflowError(
-            f"{setting}: the least possible is {8 * least / parameters:.3f} bits per weight ({least:,} bytes) in the "
-            f"layers that are quantized, and the budget leaves {max(budget_bytes, 0):,} bytes for them. Raise it, or "
-            "allow fewer candidate_bits."
+            f"{setting}: the least possible is {8 * least / parameters:.3f} bits per weight ({needed}) in the layers "
+            f"that are quantized, and the budget leaves {left} for them. Raise it, or allow fewer candidate_bits."
         )
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlxflow.messages import terminal
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import StageError
 from mlxflow.messages.os_errors import OF_WRITING, advise, is_about_a_file, named, naming
 from mlxflow.storage import flushing, temporary_files
@@ -190,7 +191,7 @@ def _failure_message(error: OSError, target: Path) -> str:
     if error.errno not in OF_WRITING and not is_own:
         return f"{where}: {error.strerror}"
     free = shutil.disk_usage(next(path for path in (target, *target.parents) if os.access(path, os.F_OK))).free
-    return f"{where}: cannot be written ({error.strerror}; {free:,} bytes free)"
+    return f"{where}: cannot be written ({error.strerror}; {show_bytes(free)} free)"
 
 
 def remove_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxflow.messages.byte_sizes import show_apart, show_bytes
 from mlxflow.messages.errors import StageError
 from mlxflow.messages.os_errors import advise_on, naming
 from mlxflow.storage.digests import PROVENANCE_KEY
@@ -166,9 +167,8 @@ def _require_space(path: Path, needed_bytes: int) -> None:
     """
     free = shutil.disk_usage(path.parent).free
     if needed_bytes > free:
-        raise StageError(
-            f"{path.name}: needs {needed_bytes:,} bytes, {free:,} are free in {path.parent.parent}. Make room."
-        )
+        needed, left = show_apart(needed_bytes, free)
+        raise StageError(f"{path.name}: needs {needed}, {left} are free in {path.parent.parent}. Make room.")
 
 
 def check_whole(path: Path) -> None:
@@ -186,7 +186,7 @@ def check_whole(path: Path) -> None:
 def _unfinished(path: Path, error: Exception) -> StageError:
     free = shutil.disk_usage(path.parent).free
     advice = advise_on(error, "Make room")
-    return StageError(f"{path.name}: was not written to its end ({error}; {free:,} bytes free). {advice}.")
+    return StageError(f"{path.name}: was not written to its end ({error}; {show_bytes(free)} free). {advice}.")
 
 
 def provenance_metadata(provenance: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from mlxflow.messages.byte_sizes import show_apart
 from mlxflow.messages.errors import UserError
 
 # Free space required for compiled code
@@ -143,4 +144,5 @@ def _lacks(folder: Path, needed_bytes: int) -> str:
     if status.f_flag & getattr(os, "ST_NOEXEC", 0):
         return "is on a file system from which nothing may be run"
     free = status.f_bavail * status.f_frsize
-    return f"{free:,} bytes are free and {needed_bytes:,} needed" if free < needed_bytes else ""
+    left, needed = show_apart(free, needed_bytes)
+    return f"{left} are free and {needed} needed" if free < needed_bytes else ""

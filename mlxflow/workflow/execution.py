@@ -16,6 +16,7 @@ from mlxflow.distributed.rank import Rank, of_this_process
 from mlxflow.distributed.rank_failures import reported
 from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import ArtifactError, CallError, StageError
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.storage import (
@@ -205,9 +206,8 @@ def _make_artifact(stage: Stage, context: Context, started: float, chosen: str |
 def _tidy(workflow: Workflow, stage: Stage) -> None:
     """Remove unfinished runs with other settings, and update the copies in the artifacts folder."""
     for run in unfinished_runs.prune(workflow.state, stage.task):
-        terminal.say(
-            f"{run.folder}: removed, {run.num_bytes:,} bytes left by a run of {stage.task} with other settings."
-        )
+        size = show_bytes(run.num_bytes)
+        terminal.say(f"{run.folder}: removed, {size} left by a run of {stage.task} with other settings.")
     for copy, original in stage.copies.items():
         with atomic_folders.writable(workflow.root / copy):
             atomic_folders.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())

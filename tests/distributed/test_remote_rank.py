@@ -77,7 +77,7 @@ def test_a_rank_on_another_host_gets_the_files_and_trains_the_same_bytes(
     faults.planned = {(1, 7): (signal.SIGKILL, "rank")}
     assert train_on_hosts() == trained_alone[1]
     said = capfd.readouterr().err
-    assert re.search(r"^rank 1 on otherhost: copies \d+ files, [\d,]+ bytes$", said, re.M)
+    assert re.search(r"^rank 1 on otherhost: copies \d+ files, [\d.]+ [kM]B$", said, re.M)
     ended = re.search(
         r"^train: rank 1 on otherhost ended with signal SIGKILL at step (\d+) \(.*restart 1 of 3\)$", said, re.M
     )

@@ -6,6 +6,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.quantization.budget import best_measured, cheapest_plan, fixed_bytes, plan_bytes, sizes_of, uniform_plans
 from mlxflow.quantization.codec import pack
@@ -72,14 +73,13 @@ def test_sizes_without_a_common_unit_still_keep_the_budget_and_fill_it() -> None
 def test_an_impossible_budget_is_an_error_with_the_smallest_size() -> None:
     costs, sizes = _table(3, 0)
     least = sum(min(one.values()) for one in sizes.values())
+    left = least // 2
     with pytest.raises(WorkflowError) as caught:
-        cheapest_plan(
-            costs, sizes, budget_bytes=least - 1, budget_setting='quantize.target_size = "1 kB"', parameters=1000
-        )
+        cheapest_plan(costs, sizes, budget_bytes=left, budget_setting='quantize.target_size = "1 kB"', parameters=1000)
     assert str(caught.value) == (
-        f'quantize.target_size = "1 kB": the least possible is {8 * least / 1000:.3f} bits per weight ({least:,} '
-        f"bytes) in the layers that are quantized, and the budget leaves {least - 1:,} bytes for them. Raise it, or "
-        "allow fewer candidate_bits."
+        f'quantize.target_size = "1 kB": the least possible is {8 * least / 1000:.3f} bits per weight '
+        f"({show_bytes(least)}) in the layers that are quantized, and the budget leaves {show_bytes(left)} for them. "
+        "Raise it, or allow fewer candidate_bits."
     )
 
 

@@ -23,6 +23,7 @@ from mlxflow.cli.check import check_plans
 from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.messages.byte_sizes import show_bytes
 from mlxflow.messages.errors import ArtifactError, StageError, UserError, WorkflowError
 from mlxflow.models import model_folder
 from mlxflow.models.model_folder import load
@@ -1091,3 +1092,4 @@ def test_show_prints_each_layer_with_its_bits_and_error(job: Job) -> None:
     shown = lines["model.layers.0.mlp.up_proj"]
     assert shown[1:7] == ["64", "x", "64", "affine", "3", "64"]
     assert float(shown[-1]) == pytest.approx(report["layers"][-1]["relative_error"], rel=0.2)
+    assert f" parameters in {show_bytes(report['model_bytes'])}, " in result.stdout

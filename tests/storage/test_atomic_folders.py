@@ -284,7 +284,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith(f"{place}/.train.partial: cannot be written (Permission denied; ")
     said = "Let it be written or choose another folder"
-    assert message.endswith(f" bytes free). {said}; {place}/train is unchanged.")
+    assert message.endswith(f"B free). {said}; {place}/train is unchanged.")
 
 
 def test_a_full_disk_keeps_the_old_folder_and_is_reported(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_full_disk_keeps_the_old_folder_and_is_reported(tmp_path: Path) -> Non
         full.write(b"0")
     message = str(caught.value)
     assert message.startswith(f"{folder}: cannot be written (No space left on device; ")
-    assert message.endswith(f" bytes free). Make room or choose another folder; {folder} is unchanged.")
+    assert message.endswith(f"B free). Make room or choose another folder; {folder} is unchanged.")
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 

@@ -32,7 +32,7 @@ def test_a_file_larger_than_the_free_space_is_refused_before_writing(
     path.parent.mkdir()
     with pytest.raises(StageError) as caught:
         tensor_writing.write_tensors(path, {"a": mx.zeros((50,))}, {})
-    assert str(caught.value) == f"a.safetensors: needs 200 bytes, 100 are free in {tmp_path}. Make room."
+    assert str(caught.value) == f"a.safetensors: needs 200 bytes, 100 bytes are free in {tmp_path}. Make room."
     assert not path.exists()
 
 

@@ -128,7 +128,7 @@ def test_the_processes_of_a_process_compile_in_the_same_folder(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("free", "flags", "reason"),
     [
-        (1000, 0, "1,000 bytes are free and 16,777,216 needed"),
+        (1000, 0, "1.0 kB are free and 16.8 MB needed"),
         (10**9, getattr(os, "ST_NOEXEC", 8), "is on a file system from which nothing may be run"),
     ],
 )

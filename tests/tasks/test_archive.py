@@ -292,7 +292,8 @@ def test_an_archive_larger_than_the_free_space_is_refused_before_writing(packed:
     _rewrite(packed.file, _record(lambda record: record["values"]["outputs"].update({A: [2**62, "0a"]})))
     with pytest.raises(StageError) as caught:
         packed.unpack()
-    pattern = rf"{packed.file}: needs [\d,]+ bytes, [\d,]+ are free in {packed.node.root}\. Make room\."
+    size = r"[\d.,]+ (?:[kMG]B|bytes)"
+    pattern = rf"{packed.file}: needs {size}, {size} are free in {packed.node.root}\. Make room\."
     assert re.fullmatch(pattern, str(caught.value))
 
 

@@ -267,7 +267,7 @@ def test_a_real_stage_on_a_full_disk_reports_the_needed_space_in_one_line(job_co
         result = mlxflow(job_copy, "run", "train")
         assert result.returncode == 1
         line = result.stderr.splitlines()[-1]
-        assert re.fullmatch(r"model\.safetensors: needs [\d,]+ bytes, [\d,]+ are free in .*small\. Make room\.", line)
+        assert re.fullmatch(r"model\.safetensors: needs [\d.]+ kB, [\d.]+ kB are free in .*small\. Make room\.", line)
         assert "Traceback" not in result.stderr
         assert (small / "train/model.safetensors").read_bytes() == before
         assert atomic_folders.partial_folders(small) == []

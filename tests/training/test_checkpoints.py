@@ -115,7 +115,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_earlier_ones(tmp_path: Path, monk
     kept = sorted(path.name for path in (tmp_path / "own").iterdir())
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StageError, match=r"^state\.safetensors: needs [\d,]+ bytes, 10 are free in .* Make room\.$"):
+    with pytest.raises(StageError, match=r"^state\.safetensors: needs [\d.]+ kB, 10 bytes are free in .* Make room\.$"):
         train_small(store=checkpoint_store(tmp_path), save_every=2)
     assert sorted(path.name for path in (tmp_path / "own").iterdir()) == kept
 
