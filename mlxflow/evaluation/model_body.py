@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.evaluation.streamed_model import StreamedModel
-from mlxflow.ops import document_mask, patching
+from mlxflow.ops import attention_overrides, document_mask, patching
 from mlxflow.ops.copying_products import copying_products
 
 # Largest depth of a body below the model: `language_model.model` is 2
@@ -74,8 +74,9 @@ class Body:
             marks: see `document_mask.apply`.
         """
         if self._module is None:
-            return document_mask.apply(self._model, tokens, marks)
-        with self._module.noting() as seen:
+            with attention_overrides.in_evaluation():
+                return document_mask.apply(self._model, tokens, marks)
+        with self._module.noting() as seen, attention_overrides.in_evaluation():
             document_mask.apply(self._model, tokens, marks)  # not evaluated: no logit is computed
             hidden: mx.array = seen.pop()
         return hidden

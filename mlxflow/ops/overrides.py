@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops import adapter_products, quantized_matmul
-from mlxflow.ops.attention_overrides import Causal, causal_by_blocks, in_fixed_order
+from mlxflow.ops.attention_overrides import Causal, causal_by_blocks, in_fixed_order, long_rows_by_blocks
 from mlxflow.ops.linear_gradients import find_siblings, ordered_lookups, replaced_products
 from mlxflow.ops.swiglu_cpu import replaced_swiglu
 
@@ -59,8 +59,12 @@ def replaced_operations(model: nn.Module, tokens: mx.array, how: OperationOverri
                 replaced.enter_context(replaced_swiglu())
             elif how.is_deterministic:
                 replaced.enter_context(ordered_lookups())
-                if not how.keeps_mlx_attention:
+                if how.keeps_mlx_attention:
+                    replaced.enter_context(long_rows_by_blocks())
+                else:
                     replaced.enter_context(in_fixed_order(how.attention, only_16_bits=not mx.metal.is_available()))
+            else:
+                replaced.enter_context(long_rows_by_blocks())
         yield
 
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.architecture_configs import DENSE, MIXTURES, VOCAB_SIZE, config_of
 from mlxflow.evaluation.model_body import Body
 from mlxflow.models import model_folder
+from mlxflow.ops import attention_overrides, blockwise_attention, query_blocks
 from tests.small_models import llama
 
 MARKS = mx.array([[2] * 4 + [4] * 7] * 3)
@@ -87,3 +88,29 @@ def test_models_whose_logits_need_other_positions_are_not_sliced(kind: type[_Cha
     logits = body.hidden(tokens, None)
     assert mx.array_equal(logits, model(tokens))
     assert mx.array_equal(body.logits(logits[0]), logits[0])
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU has other attention")
+def test_attention_of_long_rows_is_computed_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = llama(vocab_size=50, context_length=40, num_layers=2)
+    model.eval()
+    tokens = mx.random.randint(0, 50, (2, 40), key=mx.random.key(0))
+    marks = mx.where(mx.arange(40) < 17, 3, 5)[None] * mx.ones((2, 1), mx.int32)
+    body = Body.of(model)
+    called: list[bool] = []
+    plain = blockwise_attention.causal_attention
+
+    def noted(*arrays: mx.array, **named: Any) -> mx.array:
+        called.append(named["first"] is not None)
+        return plain(*arrays, **named)
+
+    monkeypatch.setattr(attention_overrides, "causal_attention", noted)
+    for given in (None, marks):
+        whole = body.hidden(tokens, given)
+        assert not called
+        with monkeypatch.context() as patch:
+            patch.setattr(query_blocks, "_MOST_AT_ONCE", 0)
+            divided = body.hidden(tokens, given)
+        assert called == [given is not None] * 2
+        called.clear()
+        assert mx.allclose(whole, divided, atol=1e-4)

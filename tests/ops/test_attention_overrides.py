@@ -1,4 +1,4 @@
-"""Attention by blocks, against MLX's own."""
+"""Which attention a step computes: by blocks on the CPU, in a fixed order on a GPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxflow.ops import attention_overrides
-from mlxflow.ops.attention_overrides import Heads, causal_attention, causal_by_blocks, first_causal_heads
+from mlxflow.ops import attention_overrides, blockwise_attention, query_blocks
+from mlxflow.ops.attention_overrides import Heads, causal_by_blocks, first_causal_heads
 from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import make_optimizer
@@ -35,55 +35,24 @@ def _theirs(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.4, mask="causal")
 
 
-def _ours(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    return causal_attention(queries, keys, values, scale=0.4)
+def _attended(*inputs: mx.array, **named: Any) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(*inputs, scale=0.4, **named)
 
 
-@pytest.mark.parametrize("length", [1, 7, 16, 40])
-@pytest.mark.parametrize(("heads", "grouped"), [(2, 2), (6, 2), (3, 1)])
-def test_causal_attention_and_gradients_match_mlx(
-    heads: int, grouped: int, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
-    *inputs, incoming = _inputs(heads, grouped, length)
-
-    def both(function: Callable[..., mx.array]) -> list[mx.array]:
-        loss = mx.value_and_grad(lambda *inputs: (function(*inputs) * incoming).sum(), argnums=(0, 1, 2))
-        total, gradients = mx.compile(loss)(*inputs)
-        return [function(*inputs), total, *gradients]
-
-    for found, expected in zip(both(_ours), both(_theirs), strict=True):
-        assert found.shape == expected.shape
-        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=2e-5 * float(_largest(expected)))
-
-
-def test_attention_ignores_later_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
-    queries, keys, values, _ = _inputs(2, 2, 40)
-    before = _ours(queries, keys, values)
-    keys[:, :, 21:], values[:, :, 21:] = 9.0, 9.0
-    after = _ours(queries, keys, values)
-    assert mx.array_equal(before[:, :, :21], after[:, :, :21])
-    assert not mx.allclose(before[:, :, 21:], after[:, :, 21:])
-
-
-def test_nan_scores_reach_the_result() -> None:
-    queries, keys, values, _ = _inputs(2, 2, 20)
-    queries[0, 0, 5, 0] = float("nan")
-    assert mx.isnan(_ours(queries, keys, values)[0, 0, 5]).all()
-    keys[0, 1, 3, 2] = float("inf")
-    assert not mx.isfinite(_ours(queries, keys, values)[0, 1, 3:]).all()
-
-
-def test_calls_that_are_not_causal_or_not_fp32_use_mlx() -> None:
+def test_calls_that_are_not_causal_or_of_several_types_use_mlx() -> None:
     *inputs, _ = _inputs(2, 2, 12)
-    half = [part.astype(mx.bfloat16) for part in inputs]
     mask = mx.random.bernoulli(0.7, (12, 12), key=mx.random.key(0)) | mx.eye(12, dtype=mx.bool_)
+    mixed = [inputs[0], *(part.astype(mx.bfloat16) for part in inputs[1:])]
 
     def results() -> list[mx.array]:
-        masked = mx.fast.scaled_dot_product_attention(*inputs, scale=0.4, mask=mask)
-        free = mx.fast.scaled_dot_product_attention(*inputs, scale=0.4, mask=None)
-        return [masked, free, mx.fast.scaled_dot_product_attention(*half, scale=0.4, mask="causal")]
+        sinks = mx.array([0.5, -1.0])
+        return [
+            _attended(*inputs, mask=mask),
+            _attended(*inputs, mask=None),
+            _attended(*inputs, mask="causal", sinks=sinks),
+            _attended(*mixed, mask="causal"),
+            _attended(inputs[0][:, :, 4:], *inputs[1:], mask="causal"),
+        ]
 
     plain = mx.fast.scaled_dot_product_attention
     with causal_by_blocks():
@@ -93,8 +62,70 @@ def test_calls_that_are_not_causal_or_not_fp32_use_mlx() -> None:
     assert all(mx.array_equal(one, other) for one, other in zip(within, results(), strict=True))
 
 
+def test_windows_documents_and_16_bits_are_computed_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_lm.models import base
+
+    seen: list[tuple[mx.Dtype, bool]] = []
+    plain = blockwise_attention.causal_attention
+
+    def noted(queries: mx.array, *others: mx.array, first: mx.array | None, **named: Any) -> mx.array:
+        seen.append((queries.dtype, first is not None))
+        return plain(queries, *others, first=first, **named)
+
+    monkeypatch.setattr(attention_overrides, "causal_attention", noted)
+    *inputs, _ = _inputs(2, 2, 12)
+    half = [part.astype(mx.bfloat16) for part in inputs]
+
+    def results() -> list[mx.array]:
+        window: mx.array = base.create_causal_mask(12, 0, window_size=4)
+        return [_attended(*inputs, mask=window), _attended(*half, mask="causal")]
+
+    with causal_by_blocks():
+        within = results()
+    assert seen == [(mx.float32, True), (mx.bfloat16, False)]
+    for one, other, allowed in zip(within, results(), (2e-5, 2**-6), strict=True):
+        assert float(mx.abs(one - other).max()) <= allowed * float(_largest(other))
+    seen.clear()
+    with causal_by_blocks(only_long=True):
+        assert mx.array_equal(_attended(*inputs, mask="causal"), _theirs(*inputs))
+        assert not seen
+        monkeypatch.setattr(query_blocks, "_MOST_AT_ONCE", 100)
+        _attended(*inputs, mask="causal")
+    assert seen == [(mx.float32, False)]
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_attention_that_holds_all_scores_is_divided_where_rows_are_long(
+    is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *inputs, _ = _inputs(2, 2, 12)
+    sizes: list[int] = []
+    plain = mx.fast.scaled_dot_product_attention
+
+    def noted(queries: mx.array, *others: mx.array, **named: Any) -> mx.array:
+        sizes.append(queries.shape[2])
+        return plain(queries, *others, **named)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noted)
+    if not is_short:
+        monkeypatch.setattr(query_blocks, "_MOST_AT_ONCE", 100)
+        monkeypatch.setattr(query_blocks, "_MOST_OF_BLOCK", 5 * 2 * 2 * 12 * 4)
+    with attention_overrides.long_rows_by_blocks():
+        found = _attended(*inputs, mask="causal")
+    assert sizes == ([12] if is_short else [5, 5, 2])
+    assert mx.allclose(found, _theirs(*inputs), atol=1e-5)
+    sizes.clear()
+    with attention_overrides.in_fixed_order(None):  # MLX's attention in fp32 has a fixed order, and all scores
+        _attended(*inputs, mask="causal")
+    assert sizes == ([12] if is_short else [5, 5, 2])
+    sizes.clear()
+    with attention_overrides.long_rows_by_blocks():  # as on CUDA, where 16 bits are fused
+        _attended(*(part.astype(mx.bfloat16) for part in inputs), mask="causal")
+    assert sizes == [12]
+
+
 def test_a_training_step_with_blockwise_attention_matches_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
+    monkeypatch.setattr(blockwise_attention, "_BLOCK", 16)
     tokens = mx.random.randint(0, 50, (3, 41), key=mx.random.key(0))
     marks = mx.full((3, 41), 3, mx.uint8)
 

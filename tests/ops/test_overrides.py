@@ -51,12 +51,12 @@ def test_products_and_attention_are_replaced_on_the_cpu() -> None:
     ("on_metal", "how", "expected"),
     [
         (False, OperationOverrides(), [True, True, True, True]),
-        (False, OperationOverrides(is_deterministic=False), [True, True, False, False]),
-        (True, OperationOverrides(keeps_mlx_attention=True), [True, True, True, False]),
+        (False, OperationOverrides(is_deterministic=False), [True, True, False, True]),
+        (True, OperationOverrides(keeps_mlx_attention=True), [True, True, True, True]),
         (True, OperationOverrides(), [True, True, True, True]),
     ],
 )
-def test_lookups_are_replaced_on_a_gpu_and_attention_unless_it_repeats_to_the_bit(
+def test_lookups_are_replaced_on_a_gpu_and_attention_of_long_rows_at_least(
     on_metal: bool, how: OperationOverrides, expected: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlxflow.data.token_file import Rows
 from mlxflow.device import memory_limit, phase_peaks
 from mlxflow.kernels import codegen, model_kernels
+from mlxflow.ops import blockwise_attention
 from mlxflow.training import build, memory_forecast
 from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.device_lag import Ahead
@@ -212,6 +213,22 @@ def test_kernels_are_traced_without_their_machine_code(monkeypatch: pytest.Monke
     monkeypatch.setattr(memory_forecast, "_trace_pass", passed)
     forecast_memory(_subject("full"), NONE._replace(selected=["one"]), _rows())
     assert traced == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("precision", "every"), [("fp32", 0), pytest.param("bf16", 1, marks=pytest.mark.matrix)], ids=str
+)
+def test_the_peak_of_long_rows_is_predicted(precision: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their attention computes exponentials again, block by block."""
+    for name, value in (("LENGTH", 768), ("ROWS", 2)):
+        monkeypatch.setattr(f"{__name__}.{name}", value)
+    kept = _measured(_subject("full", precision=precision, checkpoint_every=every))
+    monkeypatch.setattr(blockwise_attention, "_MOST_KEPT", 0)
+    monkeypatch.setattr(blockwise_attention, "_MOST_HELD", 2 << 20)
+    subject = _subject("full", precision=precision, checkpoint_every=every)
+    measured = _measured(subject)
+    assert measured < kept
+    assert forecast_memory(subject, NONE, _rows()).peak_bytes == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.gpu
