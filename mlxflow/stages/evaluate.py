@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlxflow.evaluation.own_tasks import ScoringRule
     from mlxflow.report.stage_reports.evaluate import AccuracyRow, DifferenceRow, EvaluateReport
 
-VERSION = 2  # 16-bit models are computed in fp32 on a CPU
+VERSION = 3  # documents are kept apart in 16-bit models whose rounding was taken for another position
 
 #: A workflow file that names no stage does not build it: it has no tasks by default.
 ONLY_IF_WRITTEN = True

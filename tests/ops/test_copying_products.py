@@ -24,6 +24,19 @@ def test_a_layer_gives_numbers_of_the_same_position() -> None:
     assert linear(x).tolist() != [[0, 1, 2, 0, 1], [3, 4, 5, 3, 4]]
 
 
+@pytest.mark.parametrize("bits", [0, 4])
+def test_embeddings_return_fp32_if_asked_to(bits: int) -> None:
+    head = nn.Embedding(4, 32)
+    head.weight = head.weight.astype(mx.bfloat16)
+    layer = head.to_quantized(group_size=32, bits=bits) if bits else head
+    ids = mx.array([1, 3])
+    for wide, dtype in ((True, mx.float32), (False, mx.bfloat16)):
+        with copying_products(in_fp32=wide):
+            assert layer(ids).dtype == dtype
+            assert layer.as_linear(layer(ids)).dtype == dtype
+    assert layer(ids).dtype == mx.bfloat16
+
+
 @pytest.mark.parametrize("ask", [lambda model: find_head(model, 64), Body.of], ids=["head", "body"])
 @pytest.mark.parametrize("method", ["", "lora", "dora"])
 @pytest.mark.parametrize("bits", [0, 4])

@@ -15,6 +15,7 @@ from mlxflow.ops.attention_overrides import Causal, Heads, first_causal_heads, i
 from mlxflow.ops.document_mask import _PackedRows, apply, can_mask_documents, has_row_state, noted_bounds
 from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.training.objective import plain_objective
+from tests.small_models import llama
 
 SHAPE = {
     "vocab_size": 97,
@@ -196,6 +197,18 @@ def test_recurrent_layers_cannot_mask_documents() -> None:
     mamba = _model("mamba", **shape)
     assert not can_mask_documents(mamba, 97)
     assert has_row_state(mamba)
+
+
+def test_rounding_in_16_bits_does_not_count_as_another_position() -> None:
+    """Pretrained models have large activations: in bf16 the logits of SmolLM2-135M differed by two thirds."""
+    model, _ = llama(vocab_size=97, hidden_size=64, num_layers=4, seed=0)
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight *= 30
+        layer.mlp.down_proj.weight *= 5
+    model.set_dtype(mx.bfloat16)
+    assert can_mask_documents(model, 97)
+    for name, value in tree_flatten(model.parameters()):
+        assert value.dtype == mx.bfloat16, name
 
 
 def test_a_model_without_a_cache_argument_cannot_mask_documents() -> None:
