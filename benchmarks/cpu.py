@@ -85,7 +85,7 @@ def compare_arithmetic() -> None:
     import mlx.nn as nn
     from mlx_lm.models import activations
 
-    from mlxflow.ops.attention_overrides import causal_attention
+    from mlxflow.ops.blockwise_attention import causal_attention
     from mlxflow.ops.fast_exp import LOG2_E, exp2
     from mlxflow.ops.swiglu_cpu import swiglu
     from mlxflow.training.loss import cross_entropy
