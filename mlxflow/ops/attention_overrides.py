@@ -11,14 +11,17 @@ import mlx.nn as nn
 from mlxflow.ops import document_mask, patching, query_blocks
 from mlxflow.ops.blockwise_attention import causal_attention
 from mlxflow.ops.eval_mode import evaluating
+from mlxflow.ops.query_blocks import Attention
 
 #: Takes queries, keys, values, the scale of the scores, and the first key that each query sees, (B, L), or None if that
 #: is the first of all; returns causal attention, or None if the arguments are not supported.
 Causal = Callable[[mx.array, mx.array, mx.array, float, mx.array | None], mx.array | None]
 
-Attention = Callable[..., mx.array]
-
 _NARROW = (mx.bfloat16, mx.float16)
+
+# Tokens of a row in 16 bits from which fp32 by blocks is faster on the CPU: forward and gradient of 6 heads of 32 with
+# 8 tokens take MLX 0.18 ms and blocks 0.23
+_LEAST_NARROW = 16
 
 # Widths of heads for which MLX has fused kernels there
 _FUSED_ON_METAL = (64, 80, 128)
@@ -38,12 +41,10 @@ def causal_by_blocks(*, only_long: bool = False) -> Iterator[None]:
     def by_blocks(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
         if named.keys() - {"scale", "mask", "sinks"}:
             return plain(queries, keys, values, **named)
-        is_short = only_long and not query_blocks.are_many(queries, keys)
-        if (
-            is_short
-            or not queries.dtype == keys.dtype == values.dtype
-            or not _is_causal(queries, keys, bounds, **named)
-        ):
+        is_left = only_long and not query_blocks.are_many(queries, keys)
+        is_left = is_left or (queries.dtype in _NARROW and queries.shape[2] < _LEAST_NARROW)
+        is_of_one_type = queries.dtype == keys.dtype == values.dtype
+        if is_left or not is_of_one_type or not _is_causal(queries, keys, bounds, **named):
             return query_blocks.attend(plain, queries, keys, values, **named)
         first = bounds.of(named["mask"])
         return causal_attention(queries, keys, values, scale=named["scale"], first=first)

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlxflow.ops.custom_function import custom_function
 
+#: Takes the arguments of `mx.fast.scaled_dot_product_attention`, and returns its result.
 Attention = Callable[..., mx.array]
 
 # Bytes of scores up to which attention is computed at once

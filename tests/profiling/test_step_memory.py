@@ -43,10 +43,7 @@ def test_measured_steps_leave_no_memory_allocated(job: ProfiledModel, *, fused: 
         take_steps(job, blank_rows(8, 32), SETTINGS.replace(batch_size=8, fused_loss=fused), profiler, num_steps=12)
     finally:
         mx.set_cache_limit(before)
-    active = profiler.timeline()["active_memory_bytes"]
-    # a single reading may be some hundred bytes lower, before a small array of the host's is made
-    assert np.median(active[-6:]) == np.median(active[:6])
-    assert active.max() == np.median(active)
+    assert np.ptp(profiler.timeline()["active_memory_bytes"]) == 0
 
 
 ARRAYS = ("weights", "optimizer", "data", "logits", "gradients", "activations", "update")
