@@ -1,7 +1,7 @@
 """Which attention a training step computes: by blocks on the CPU and for long rows, deterministic on a GPU."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ def causal_by_blocks(*, only_long: bool = False) -> Iterator[None]:
     """
 
     def by_blocks(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
-        if named.keys() - {"scale", "mask", "sinks"}:
+        if _has_other_arguments(named):
             return plain(queries, keys, values, **named)
         is_left = only_long and not query_blocks.are_many(queries, keys)
         is_left = is_left or (queries.dtype in _NARROW and queries.shape[2] < _LEAST_NARROW)
@@ -63,7 +63,7 @@ def long_rows_by_blocks() -> Iterator[None]:
     def by_blocks(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
         on_metal = queries.shape[-1] == values.shape[-1] and values.shape[-1] in _FUSED_ON_METAL
         is_fused = on_metal if mx.metal.is_available() else queries.dtype in _NARROW
-        if is_fused or named.keys() - {"scale", "mask", "sinks"}:
+        if is_fused or _has_other_arguments(named):
             return plain(queries, keys, values, **named)
         return query_blocks.attend(plain, queries, keys, values, **named)
 
@@ -91,7 +91,7 @@ def in_fixed_order(causal: Causal | None, *, only_16_bits: bool = True) -> Itera
     """
 
     def ordered(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
-        if named.keys() - {"scale", "mask", "sinks"}:
+        if _has_other_arguments(named):
             return plain(queries, keys, values, **named)
         if only_16_bits and queries.dtype not in _NARROW:
             return query_blocks.attend(plain, queries, keys, values, **named)
@@ -154,6 +154,11 @@ def _replaced(attention: Callable[..., mx.array]) -> Iterator[None]:
     replacement = functools.partial(attention, mx.fast.scaled_dot_product_attention)
     with patching.attributes((mx.fast, "scaled_dot_product_attention", replacement), by=__name__):
         yield
+
+
+def _has_other_arguments(named: Mapping[str, Any]) -> bool:
+    """Return whether a call of attention has arguments that only MLX's own takes."""
+    return bool(named.keys() - {"scale", "mask", "sinks"})
 
 
 def _is_causal(

@@ -81,15 +81,14 @@ def _by_blocks(
 ) -> Callable[..., mx.array]:
     """Return a function of queries, keys, values, and a mask and sinks where there are some, with its gradient."""
 
-    def of_block(begin: int, end: int, length: int, mask: mx.array | None) -> tuple[Callable[..., mx.array], int]:
-        """Return the attention of a block's queries, and the number of keys that it sees."""
-        part = None if mask is None else _rows_of(mask, begin, end)
+    def of_block(part: mx.array | None) -> Callable[..., mx.array]:
+        """Return the attention of a block's queries, whose rows of the mask are given."""
 
         def attended(queries: mx.array, keys: mx.array, values: mx.array, *sinks: mx.array) -> mx.array:
             named = {"sinks": sinks[0]} if sinks else {}
             return attention(queries, keys, values, scale=scale, mask="causal" if is_causal else part, **named)
 
-        return attended, end - length
+        return attended
 
     def forward(queries: mx.array, keys: mx.array, values: mx.array, *others: mx.array) -> mx.array:
         mask, sinks = _parted(others, has_mask)
@@ -97,8 +96,8 @@ def _by_blocks(
         length, last = queries.shape[2], keys.shape[2]
         for begin in range(0, length, rows):
             end = min(begin + rows, length)
-            attended, behind = of_block(begin, end, length, mask)
-            seen = last + behind if is_causal else last
+            attended = of_block(None if mask is None else _rows_of(mask, begin, end))
+            seen = last - length + end if is_causal else last
             part = queries[:, :, begin:end]
             part = mx.depends([part], [outs[-1]])[0] if outs else part
             outs.append(attended(part, keys[:, :, :seen], values[:, :, :seen], *sinks))
@@ -116,8 +115,8 @@ def _by_blocks(
         sums = [mx.zeros(one.shape, mx.float32) for one in (keys, values, *sinks)]
         for begin in range(0, length, rows):
             end = min(begin + rows, length)
-            attended, behind = of_block(begin, end, length, mask)
-            seen = last + behind if is_causal else last
+            attended = of_block(None if mask is None else _rows_of(mask, begin, end))
+            seen = last - length + end if is_causal else last
             part = queries[:, :, begin:end]
             part = mx.depends([part], [for_queries[-1], *sums])[0] if for_queries else part
             inputs = [part, keys[:, :, :seen], values[:, :, :seen], *sinks]
