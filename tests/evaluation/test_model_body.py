@@ -1,5 +1,6 @@
 """The cut between hidden states and logits is found by what a model computes, in every architecture."""
 
+import gc
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +36,7 @@ def test_body_detection_leaves_the_model_unchanged_and_keeps_no_arrays() -> None
     kinds = [type(one) for one in model.modules()]
     tokens = mx.arange(8)[None]
     mx.eval(tokens)
+    gc.collect()  # models of other tests
     before = mx.get_active_memory()
     body = Body.of(model)
     mx.eval(body.logits(body.hidden(tokens, None)[0]))
